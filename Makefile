@@ -1,0 +1,81 @@
+# make demo    set up and run the demo            make test   set up and run the tests
+# make check   everything that CI runs            make help   the other targets
+#
+# PYTHON=python3.12   the interpreter to build the environment from (3.11 or newer)
+# VENV=DIR            where the environment is; one that exists is used
+# TORCH=...           your torch: `system` to use the interpreter's own, or what to hand to `pip install`
+# ARGS="..."          more arguments for the demo, pytest or the benchmarks
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+ARGS ?=
+
+export TORCH
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types contracts docs bench check generate format clean
+
+help:
+	@echo "make demo | test | check | setup | lint | types | contracts | docs | bench | generate | format | clean"
+
+setup: $(VENV)/.ready-dev $(VENV)/.ready-docs
+
+demo: $(VENV)/.ready-run
+	$(BIN)/eplb-fsm demo $(ARGS)
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready-dev
+	$(BIN)/mypy
+
+contracts: $(VENV)/.ready-dev
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.ready-docs
+	$(BIN)/python tools/generate_docs.py --check
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+check: lint types contracts docs test
+
+generate: $(VENV)/.ready-run
+	$(BIN)/python tools/generate_docs.py
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) site build dist out
+
+# The environment is made once; each stamp is renewed when the requirements change.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11 (or missing): name a newer one, as in make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages) $(VENV)
+
+$(VENV)/.ready-run: pyproject.toml tools/install_torch.py | $(BIN)/python
+	$(BIN)/python tools/install_torch.py
+	$(PIP) -e '.[engine,cli]'
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready-run
+	$(PIP) -e '.[engine,cli,test,dev]'
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready-run
+	$(PIP) -e '.[docs]'
+	@touch $@

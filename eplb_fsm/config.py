@@ -1,0 +1,251 @@
+"""The configuration: one frozen dataclass, validated when it is made.
+
+Names are vLLM's where the meaning is the same (``window_size``, ``step_interval``, ``num_redundant_experts``,
+``policy``); ``docs/reference/options.md`` holds the table of equivalents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from eplb_fsm.errors import ConfigError
+
+ENV_PREFIX = "EPLB_FSM_"
+MIB = 1 << 20
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("async", "sync"),
+    "plan_source": ("lowest_rank", "every_rank"),
+    "planner": ("process", "thread"),
+    "integrity": ("off", "wire", "slot"),
+}
+_AT_LEAST: dict[str, float] = {
+    "window_size": 1,
+    "step_interval": 0,
+    "num_redundant_experts": 0,
+    "num_nodes": 1,
+    "num_groups": 1,
+    "idle_round_interval": 1,
+    "commit_bytes": 1,
+    "staging_buffers": 1,
+    "max_transfer_mb_s": 0,
+    "max_slowdown": 0,
+    "min_gain": 0,
+    "collecting_deadline_steps": 1,
+    "computing_deadline_steps": 1,
+    "awaiting_consensus_deadline_steps": 1,
+    "transfer_floor_bytes_per_step": 1,
+    "transfer_slack_steps": 1,
+    "drain_deadline_steps": 1,
+    "backoff_steps": 1,
+    "max_backoff_steps": 1,
+}
+_LARGEST = 1 << 40
+"""Bound of every number: sums of them stay far inside the 64-bit words of a vote."""
+_AT_MOST: dict[str, float] = {"staging_buffers": 64, "max_slowdown": 100}
+_MAX_SECONDS = 1_000_000
+_POSITIVE_SECONDS = (
+    "vote_timeout_s",
+    "resolve_timeout_s",
+    "liveness_timeout_s",
+    "start_timeout_s",
+    "plan_timeout_s",
+    "transfer_timeout_s",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceConfig:
+    """What an operator may set; equal on all ranks of a domain, which the ranks check at start.
+
+    Raises:
+        ConfigError: At construction, naming the option, its value and the rule.
+    """
+
+    mode: Literal["async", "sync"] = "async"
+    """``async``: background, agreed by lagged rounds. ``sync``: the same machine run through in one step()."""
+    policy: str = "deepseek"
+    """Name of the policy that makes placements, built in or from the entry points ``eplb_fsm.policies``."""
+    plan_source: Literal["lowest_rank", "every_rank"] = "lowest_rank"
+    """Who computes the plan; ``every_rank`` needs a policy that declares itself deterministic."""
+    planner: Literal["process", "thread"] = "process"
+    """Where the policy runs: a child process leaves the interpreter lock of the decode loop alone."""
+    step_interval: int = 3000
+    """Steps between the starts of two epochs (vLLM's default); 0: only when some rank asks."""
+    window_size: int = 1000
+    """Steps of load that a plan is made from (vLLM's default), rounded up to whole idle rounds."""
+    num_redundant_experts: int = 0
+    """Physical experts beyond one for each logical expert."""
+    num_nodes: int = 1
+    """Nodes of the domain; ranks are numbered node by node."""
+    num_groups: int = 1
+    """Groups of logical experts that a hierarchical policy keeps on one node."""
+    min_gain: float = 0.01
+    """Smallest predicted rise of mean balancedness for which an epoch moves anything; else it is SKIPPED."""
+    lag: int | Literal["auto"] = "auto"
+    """Steps between posting and reading a round. ``auto``: 2 plus how far the host runs ahead of the device,
+    raised while idle when more than 1 % of rounds are late."""
+    idle_round_interval: int = 64
+    """Steps between rounds while idle."""
+    commit_bytes: int = 8 * MIB
+    """Most bytes of weights that one rank writes in one commit: it bounds the pause of that step."""
+    staging_buffers: int = 2
+    """Chunks that may be staged at a time; each costs ``commit_bytes`` to receive and as much to send."""
+    max_transfer_mb_s: float = 0.0
+    """Most megabytes (10**6 bytes) a second that one rank sends in async mode; 0: no limit."""
+    max_slowdown: float = 0.03
+    """In async mode staging pauses while the mean step is slower than before the epoch by more than this; 0: never."""
+    integrity: Literal["off", "wire", "slot"] = "wire"
+    """``wire``: each moved expert carries a hash. ``slot``: committed rows are also read back and compared."""
+    vote_timeout_s: float = 5.0
+    """Longest wait for a round that is late."""
+    resolve_timeout_s: float = 30.0
+    """Longest wait for the resolution of a lost decision on a staged chunk, then fail-stop."""
+    liveness_timeout_s: float = 60.0
+    """A rank whose liveness mark has not moved for this long is reported lost."""
+    start_timeout_s: float = 120.0
+    """Longest wait for the other ranks at start."""
+    plan_timeout_s: float = 60.0
+    """Longest time that the policy may take."""
+    transfer_timeout_s: float = 60.0
+    """Longest time for one operation of the worker on the data group."""
+    collecting_deadline_steps: int = 3000
+    """Past it the rank votes to abort."""
+    computing_deadline_steps: int = 6000
+    """Past it the rank votes to abort."""
+    awaiting_consensus_deadline_steps: int = 6000
+    """Past it the rank votes to abort."""
+    transfer_floor_bytes_per_step: int = 1 * MIB
+    """TRANSFERRING's deadline: bytes of the busiest rank over this, plus ``transfer_slack_steps``."""
+    transfer_slack_steps: int = 3000
+    """Steps added to the deadline of TRANSFERRING."""
+    drain_deadline_steps: int = 20000
+    """Past it after an abort, with a transfer still under way, the rank votes to stop."""
+    backoff_steps: int = 100
+    """Steps before the next try after an abort; doubled with each further abort in a row."""
+    max_backoff_steps: int = 10000
+    """Bound of the doubling."""
+
+    def __post_init__(self) -> None:
+        """Validate every option on its own and those that depend on each other."""
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name))
+            if isinstance(field.default, float):  # 5 and 5.0 are one configuration, so they need one fingerprint
+                object.__setattr__(self, field.name, _as_float(field.name, getattr(self, field.name)))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise _error(name, getattr(self, name), f"must be one of {', '.join(choices)}")
+        for name, smallest in _AT_LEAST.items():
+            if not getattr(self, name) >= smallest:
+                raise _error(name, getattr(self, name), f"must be at least {smallest}")
+            largest = _AT_MOST.get(name, _LARGEST)
+            if not getattr(self, name) <= largest:
+                raise _error(name, getattr(self, name), f"must be at most {largest}")
+        for name in _POSITIVE_SECONDS:
+            if not 0 < getattr(self, name) <= _MAX_SECONDS:
+                raise _error(name, getattr(self, name), f"must be a number of seconds above 0, at most {_MAX_SECONDS}")
+        self._check_relations()
+
+    def _check_relations(self) -> None:
+        if self.lag != "auto" and not 1 <= self.lag <= 1000:
+            raise _error("lag", self.lag, 'must be "auto" or between 1 and 1000')
+        if self.max_backoff_steps < self.backoff_steps:
+            raise _error("max_backoff_steps", self.max_backoff_steps, "must not be below backoff_steps")
+        if not self.policy:
+            raise _error("policy", self.policy, "must name a policy")
+        if self.step_interval and self.idle_round_interval > self.step_interval:
+            raise _error("idle_round_interval", self.idle_round_interval, "must not exceed step_interval (or 0 there)")
+
+    @property
+    def fingerprint(self) -> int:
+        """A signed 64-bit hash of all options; a word of every vote."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> RebalanceConfig:
+        """Make a configuration from a mapping, such as parsed JSON.
+
+        Raises:
+            ConfigError: For an unknown option (the message lists the known ones) or a bad value.
+        """
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"options must be a mapping from names to values, not {type(options).__name__}")
+        known = {field.name for field in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; known options: {', '.join(sorted(known))}")
+        return cls(**options)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], **options: Any) -> RebalanceConfig:
+        """Make a configuration from variables ``EPLB_FSM_<OPTION>``; explicit ``options`` win over them.
+
+        Args:
+            environ: Usually ``os.environ``; the library never reads the environment by itself.
+            **options: Options that were given explicitly.
+
+        Raises:
+            ConfigError: As :meth:`from_mapping`; a variable of that prefix that names no option, or a value that
+                cannot be read, is named.
+        """
+        hints = typing.get_type_hints(cls)
+        known = {ENV_PREFIX + field.name.upper(): field.name for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for variable in sorted(environ):
+            if variable.startswith(ENV_PREFIX) and variable not in known:
+                raise ConfigError(f"the variable {variable} names no option; known: {', '.join(sorted(known))}")
+        for variable, name in known.items():
+            if variable in environ:
+                values[name] = _parse(variable, environ[variable], hints[name])
+        return cls.from_mapping({**values, **options})
+
+
+def _check_type(name: str, value: object) -> None:
+    """Refuse what a dataclass would take: a string for a number, a bool for a count."""
+    if isinstance(value, bool):
+        raise _error(name, value, "must not be a boolean")
+    default = RebalanceConfig.__dataclass_fields__[name].default
+    wanted: type | types.UnionType = float | int if isinstance(default, float) else type(default)
+    if name == "lag":
+        wanted = int | str
+    if not isinstance(value, wanted):
+        raise _error(name, value, f"must be of type {getattr(wanted, '__name__', wanted)}")
+    if name == "lag" and isinstance(value, str) and value != "auto":
+        raise _error(name, value, 'must be "auto" or a number of steps')
+
+
+def _as_float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise _error(name, value, f"must be at most {_LARGEST}") from None
+
+
+def _error(name: str, value: object, rule: str) -> ConfigError:
+    is_huge = isinstance(value, int) and value.bit_length() > 64  # Python refuses to write the longest ones
+    shown = "a huge integer" if is_huge else repr(value)
+    return ConfigError(f"{name} = {shown}: {rule}")
+
+
+def _parse(variable: str, text: str, hint: object) -> Any:
+    if hint is str or typing.get_origin(hint) is Literal:
+        return text
+    if hint is float:
+        kinds: tuple[type, ...] = (float,)
+    elif hint is int:
+        kinds = (int,)
+    else:
+        kinds = (int, str)
+    for kind in kinds:
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise ConfigError(f"{variable} = {text!r}: must be a number")

@@ -1,0 +1,1 @@
+"""Engines that embed the rebalance."""

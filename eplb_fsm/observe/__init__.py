@@ -1,0 +1,1 @@
+"""What a rebalance shows of itself: events, traces, metrics."""

@@ -1,0 +1,97 @@
+"""What has to move: the difference of two placements, when the slot order within a rank is free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_fsm.placement.digest import Int64Array
+from eplb_fsm.placement.placement import Placement
+
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDifference:
+    """What one layer still has to do, per rank; both lists of a rank have the same length.
+
+    Attributes:
+        layer: MoE layer of the bank.
+        outgoing: For each rank the slots to overwrite, ascending.
+        incoming: For each rank the experts to receive, ascending, -1 for a slot to empty.
+    """
+
+    layer: int
+    outgoing: list[list[int]]
+    incoming: list[list[int]]
+
+
+def differences(current: Placement, target: Placement) -> list[LayerDifference]:
+    """Slots to overwrite and experts to receive, as few as possible, for each layer that changes.
+
+    A rank keeps what it holds and shall hold, whatever slots the target names for it: the order of
+    slots within a rank has no meaning to a forward pass.
+
+    Args:
+        current: The live placement.
+        target: A placement of the same shape.
+
+    Returns:
+        One entry for each layer that changes, ascending.
+    """
+    staying, arrived = _matched(current, target)
+    num_slots, num_local = current.num_physical_experts, current.num_local_physical_experts
+    slots = np.nonzero(~staying)[0]
+    arrivals = np.nonzero(~arrived)[0]
+    # Equally many per (layer, rank) on both sides, so one list of blocks serves both.
+    blocks = (slots // num_local).tolist()
+    columns = (slots % num_slots).tolist()
+    experts = target.physical_to_logical_map.reshape(-1)[arrivals].tolist()
+    found: dict[int, LayerDifference] = {}
+    for block, slot, expert in zip(blocks, columns, experts, strict=True):
+        layer, rank = divmod(block, current.num_ranks)
+        if layer not in found:
+            empty: tuple[list[list[int]], list[list[int]]] = (
+                [[] for _ in range(current.num_ranks)],
+                [[] for _ in range(current.num_ranks)],
+            )
+            found[layer] = LayerDifference(layer, *empty)
+        found[layer].outgoing[rank].append(slot)
+        found[layer].incoming[rank].append(expert)
+    for difference in found.values():
+        for arriving in difference.incoming:
+            arriving.sort()
+    return list(found.values())
+
+
+def _matched(current: Placement, target: Placement) -> tuple[BoolArray, BoolArray]:
+    """Flat masks: slots of `current` that keep their expert, slots of `target` that are thereby served."""
+    blocks = current.num_moe_layers * current.num_ranks
+    # -1 counts as an expert here: an empty slot that shall stay empty is a match too.
+    width = current.num_logical_experts + 1
+    offsets = np.arange(1, blocks * width + 1, width)[:, None]
+    before, order_before = _occurrences(current, offsets)
+    after, order_after = _occurrences(target, offsets)
+    staying = np.empty(len(before), dtype=np.bool_)
+    arrived = np.empty(len(after), dtype=np.bool_)
+    staying[order_before] = _contained(before, after)
+    arrived[order_after] = _contained(after, before)
+    return staying, arrived
+
+
+def _occurrences(placement: Placement, offsets: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Ascending unique keys of (layer, rank, expert, how many of it came before), and their slots."""
+    num_local = placement.num_local_physical_experts
+    keys = (placement.physical_to_logical_map.reshape(-1, num_local) + offsets).reshape(-1)
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    position = np.arange(len(keys))
+    starts = np.where(np.append(True, keys[1:] != keys[:-1]), position, 0)
+    return keys * num_local + position - np.maximum.accumulate(starts), order
+
+
+def _contained(keys: Int64Array, among: Int64Array) -> BoolArray:
+    index = np.minimum(np.searchsorted(among, keys), len(among) - 1)
+    return np.asarray(among[index] == keys)

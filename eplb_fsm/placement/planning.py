@@ -1,0 +1,115 @@
+"""From loads to a plan: what the planning rank runs in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from eplb_fsm.errors import ConfigError, LoadError, PlanError
+from eplb_fsm.placement.balancedness import balancedness
+from eplb_fsm.placement.chunks import cut_into_chunks
+from eplb_fsm.placement.digest import Int64Array
+from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.plan import Plan, encoded, live_digest
+from eplb_fsm.placement.policies.protocol import RebalancePolicy
+from eplb_fsm.placement.shapes import BankShape, Budget, check_banks, missing_commit_bytes
+from eplb_fsm.placement.topology import Topology
+from eplb_fsm.placement.validate import Float64Array, checked_load
+
+NO_GAIN = "no gain"
+
+
+def make_plan(
+    policy: RebalancePolicy,
+    loads: Sequence[ArrayLike],
+    current: Sequence[Placement],
+    topology: Topology,
+    shapes: Sequence[BankShape],
+    budget: Budget,
+    min_gain: float,
+) -> Plan:
+    """Plan a rebalance of all banks. Pure computation; may run in any thread or process.
+
+    Args:
+        policy: Chooses the target placement of each bank.
+        loads: Load of each bank, (num_moe_layers, num_logical_experts), summed over the ranks, 0 or more.
+        current: Live placement of each bank.
+        topology: Ranks, nodes and expert groups.
+        shapes: Sizes of each bank's experts.
+        budget: Bounds of a chunk.
+        min_gain: Least gain of the mean balancedness over all layers that is worth moving for.
+
+    Returns:
+        A checked plan. It has a `skip_reason` and no chunks when nothing would move, when the gain is less
+        than `min_gain` (both begin with "no gain"), or when one expert is larger than the commit budget.
+
+    Raises:
+        PlanError: the policy returned a placement of another shape.
+        LoadError: a load has the wrong shape, or an entry that is negative or not finite.
+        BankError: `current` and `shapes` do not go together.
+        ConfigError: the topology is of another number of ranks, or does not suit the policy.
+    """
+    check_banks(current, shapes)
+    arrays = _checked_loads(loads, current, topology)
+    balance_now = _mean_balancedness(arrays, current)
+    if reason := missing_commit_bytes(shapes, budget):
+        return _planned([], reason, (balance_now, balance_now), current, shapes, budget)
+    targets = [_target(policy, *pair, topology) for pair in zip(arrays, current, strict=True)]
+    balance = balance_now, _mean_balancedness(arrays, targets)
+    if balance[1] - balance[0] < min_gain:
+        reason = (
+            f"{NO_GAIN}: mean balancedness {balance[0]:.4f} would become {balance[1]:.4f}, "
+            f"a gain below min_gain={min_gain:g}"
+        )
+        return _planned([], reason, balance, current, shapes, budget)
+    chunks = [
+        (bank, moves)
+        for bank, (placement, target, shape) in enumerate(zip(current, targets, shapes, strict=True))
+        for moves in cut_into_chunks(placement, target, shape, budget)
+    ]
+    reason = "" if chunks else f"{NO_GAIN}: every expert is already where the policy wants it"
+    return _planned(chunks, reason, balance, current, shapes, budget)
+
+
+def _planned(
+    chunks: Sequence[tuple[int, Int64Array]],
+    reason: str,
+    balance: tuple[float, float],
+    current: Sequence[Placement],
+    shapes: Sequence[BankShape],
+    budget: Budget,
+) -> Plan:
+    words = encoded(live_digest(current), len(current), chunks, reason, balance)
+    # The planner's own plan goes through the same checks as everyone else's copy of it.
+    return Plan.decode(words, current, shapes, budget)
+
+
+def _checked_loads(loads: Sequence[ArrayLike], current: Sequence[Placement], topology: Topology) -> list[Float64Array]:
+    if len(loads) != len(current):
+        raise LoadError(f"{len(loads)} loads for {len(current)} banks; give one load for each bank")
+    if topology.num_ranks != current[0].num_ranks:
+        raise ConfigError(
+            f"the topology has {topology.num_ranks} ranks, the placements {current[0].num_ranks}; make them equal"
+        )
+    return [
+        checked_load(load, (placement.num_moe_layers, placement.num_logical_experts))
+        for load, placement in zip(loads, current, strict=True)
+    ]
+
+
+def _target(policy: RebalancePolicy, load: Float64Array, current: Placement, topology: Topology) -> Placement:
+    target = policy.plan(load, current, topology)
+    if not isinstance(target, Placement) or target.shape != current.shape:
+        got = target.shape if isinstance(target, Placement) else type(target).__name__
+        raise PlanError(
+            f"policy {policy.name!r} returned {got}, the live placement has (layers, physical, logical, "
+            f"ranks) = {current.shape}; a policy must return a Placement of the live one's shape"
+        )
+    return target
+
+
+def _mean_balancedness(loads: Sequence[Float64Array], placements: Sequence[Placement]) -> float:
+    layers = [balancedness(load, placement) for load, placement in zip(loads, placements, strict=True)]
+    return float(np.concatenate(layers).mean())

@@ -1,0 +1,122 @@
+"""Checks what an engine hands over, and builds the parts that it did not bring itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eplb_fsm.config import RebalanceConfig
+from eplb_fsm.errors import BankError, ConfigError, PlacementError
+from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.plan import BankShape, Budget
+from eplb_fsm.placement.policies import get_policy
+from eplb_fsm.placement.task import PlanTask
+from eplb_fsm.placement.topology import Topology
+from eplb_fsm.runtime.bank import Bank
+from eplb_fsm.runtime.channel import PiggybackVoteChannel, VoteChannel
+from eplb_fsm.runtime.domain import Domain
+from eplb_fsm.runtime.planner import InlinePlanner, Planner, ProcessPlanner
+from eplb_fsm.runtime.transport import GlooTransport, Transport
+
+
+def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) -> PlanTask:
+    """Return what the planner needs to know for good.
+
+    Raises:
+        ConfigError: If policy, nodes, groups and ranks do not fit together.
+    """
+    policy = get_policy(config.policy)
+    if config.plan_source == "every_rank" and not policy.deterministic:
+        raise ConfigError(
+            f"plan_source = 'every_rank': policy {config.policy!r} does not declare itself deterministic, so the ranks "
+            "could compute different plans; choose plan_source = 'lowest_rank'"
+        )
+    shapes = tuple(BankShape(bank.name, (bank.layout.stride,) * bank.num_moe_layers) for bank in banks)
+    return PlanTask(
+        policy=config.policy,
+        topology=Topology(domain.world_size, config.num_nodes, config.num_groups),
+        shapes=shapes,
+        budget=Budget(config.commit_bytes, config.staging_buffers),
+        min_gain=config.min_gain,
+    )
+
+
+def make_planner(config: RebalanceConfig, domain: Domain, task: PlanTask) -> Planner | None:
+    """Return the planner of this rank; None where it receives its plans."""
+    if config.plan_source == "lowest_rank" and domain.rank != 0:
+        return None
+    if config.planner == "thread" or config.mode == "sync":
+        return InlinePlanner(task)
+    return ProcessPlanner(task, start_timeout_s=config.start_timeout_s, plan_timeout_s=config.plan_timeout_s)
+
+
+def check_banks(
+    config: RebalanceConfig, domain: Domain, banks: Sequence[Bank], placements: Sequence[Placement]
+) -> None:
+    """Refuse banks and placements that do not fit each other and the ranks.
+
+    Raises:
+        BankError: A bank that does not fit the ranks.
+        PlacementError: A placement that does not fit its bank.
+        ConfigError: Options that do not fit the banks.
+    """
+    if not banks:
+        raise BankError("no bank was registered; register the expert tensors of at least one model")
+    if len(placements) != len(banks):
+        raise PlacementError(f"{len(placements)} placements for {len(banks)} banks; give one placement for each bank")
+    for bank, placement in zip(banks, placements, strict=True):
+        bank.check_ranks(domain.world_size)
+        _check_placement(bank, placement, config, domain)
+
+
+def check_links(
+    config: RebalanceConfig, banks: Sequence[Bank], transport: Transport | None, channel: VoteChannel | None
+) -> None:
+    """Refuse a transport or a channel that does not fit the banks or the mode; None stands for gloo.
+
+    Raises:
+        BankError: A bank whose memory the transport cannot move.
+        ConfigError: A transport or channel that does not fit the mode.
+    """
+    flags = GlooTransport.flags if transport is None else transport.flags
+    if not flags.is_device_direct:
+        for bank in banks:
+            _check_host_memory(bank)
+    if flags.enqueues_on_decode_thread:
+        raise ConfigError(
+            "this transport must be driven from step(), which the worker cannot do; use one that the worker drives"
+        )
+    if config.mode == "sync" and isinstance(channel, PiggybackVoteChannel):
+        raise ConfigError(
+            "mode = 'sync' needs several rounds in one step, and a piggyback channel carries one in each forward pass; "
+            "use the gloo channel or mode = 'async'"
+        )
+
+
+def _check_placement(bank: Bank, placement: Placement, config: RebalanceConfig, domain: Domain) -> None:
+    wanted = (bank.num_moe_layers, bank.num_physical_experts, bank.num_logical_experts, domain.world_size)
+    seen = (
+        placement.num_moe_layers,
+        placement.num_physical_experts,
+        placement.num_logical_experts,
+        placement.num_ranks,
+    )
+    if wanted != seen:
+        raise PlacementError(
+            f"bank {bank.name!r} has (layers, physical experts, logical experts, ranks) = {wanted}, its placement "
+            f"{seen}; make the placement for this model and these ranks"
+        )
+    if placement.num_redundant_experts != config.num_redundant_experts:
+        raise ConfigError(
+            f"num_redundant_experts = {config.num_redundant_experts}: bank {bank.name!r} has "
+            f"{placement.num_redundant_experts} redundant experts; set the option to that"
+        )
+
+
+def _check_host_memory(bank: Bank) -> None:
+    for layer in bank.tensors:
+        for name, tensor in layer.items():
+            if tensor.device.type != "cpu":
+                raise BankError(
+                    f"bank {bank.name!r}: tensor {name!r} is on {tensor.device} and this transport moves host memory "
+                    "only; choose a transport that is device-direct"
+                )

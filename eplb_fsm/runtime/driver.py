@@ -1,0 +1,311 @@
+"""Does what a step has due: reads and posts rounds, takes what the worker reports, carries decisions out."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NoReturn
+
+from eplb_fsm.core.rank import Outcome, RankCore
+from eplb_fsm.core.reasons import AbortReason, StopReason
+from eplb_fsm.core.states import State
+from eplb_fsm.core.votes import Decision, DecisionKind, Tally
+from eplb_fsm.errors import ConsensusTimeout, EplbError, FailStop
+from eplb_fsm.observe.events import Event, Observers
+from eplb_fsm.runtime import worker as messages
+from eplb_fsm.runtime.parts import Parts
+from eplb_fsm.runtime.rounds import Lost, Resolved, Unresolved, Wait
+
+logger = logging.getLogger(__name__)
+
+_LATE_RATIO_LIMIT = 0.01
+_LATE_RATIO_ROUNDS = 100
+_MAX_AUTO_LAG = 16
+_NUM_KEPT_OUTCOMES = 64
+
+
+class Driver:
+    """The slow path of one rank's ``step()``; decode thread only.
+
+    Attributes:
+        core: The protocol state.
+        outcomes: How the last epochs ended, oldest first.
+        num_outcomes: Epochs by outcome since the start.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._runner = parts.runner
+        self._rounds = parts.rounds
+        self.core = RankCore(
+            parts.domain.rank,
+            parts.config,
+            parts.runner.live_digest,
+            lag=parts.lag,
+            generation=parts.domain.generation,
+        )
+        self._observers = Observers(tuple(parts.observers))
+        self._num_events = 0
+        self._is_sync = parts.config.mode == "sync"
+        self._last_rotate_step = 0
+        self._late_mark = (0, 0)
+        self._fatal: EplbError | None = None
+        self.outcomes: list[Outcome] = []
+        self.num_outcomes = {"COMMITTED": 0, "SKIPPED": 0, "ABORTED": 0, "FAILED": 0}
+
+    def run(self, step_idx: int, pass_id: int, now: float) -> Wait | None:
+        """Read, take what the worker reports, vote; in sync mode (lag 0) as often as it takes.
+
+        Returns:
+            None when the step is done, else what it waits for; then call it again.
+        """
+        core = self.core
+        core.step_idx = step_idx
+        if self._fatal is not None:  # an engine that swallowed the exception must not get past it
+            self._fail_stop(self._fatal)
+        while True:
+            if core.posted is not None and step_idx >= core.read_due:
+                wait = self._read(core.posted.round_idx, now)
+                if wait is not None:
+                    return wait
+            if core.state is not State.STOPPED or not self._runner.is_drained:
+                self._take_messages()
+                if core.posted is None and step_idx >= core.post_due:
+                    self._post(pass_id, now)
+            if step_idx < core.next_due:
+                return None
+
+    @property
+    def failure(self) -> str:
+        """Why this rank was fail-stopped, empty if it was not; any thread."""
+        return str(self._fatal or "")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Agreed by a freeze; a rank that is stopped and drained stays as it is, too."""
+        return self.core.is_frozen or (self.core.state is State.STOPPED and self._runner.is_drained)
+
+    @property
+    def next_due(self) -> int:
+        """The next step at which there is anything to do; after a stop, until what was under way has ended."""
+        if self.core.state is State.STOPPED and not self._runner.is_drained:
+            return self.core.step_idx + self._parts.config.idle_round_interval
+        return self.core.next_due
+
+    def close(self, step_idx: int, *, is_armed: bool) -> None:
+        """Stop on this rank and post a last vote."""
+        self.core.step_idx = step_idx
+        if self.core.in_window:
+            self._rounds.give_up_reading(self.core.round_idx)
+        vote = self.core.close()
+        if vote is not None and is_armed:
+            self._rounds.post_last(vote)
+            self._emit("Close", outcome=self._note_outcome())
+
+    def _post(self, pass_id: int, now: float) -> None:
+        self._rotate_window()
+        self.core.drained = self._runner.is_drained
+        vote = self.core.post_vote(pass_id)
+        self._rounds.post(vote)
+        self._emit("PostVote", progress=vote.progress, abort=vote.abort, stop=vote.stop)
+        self._parts.gauge.note(self.core.step_idx, now, is_transferring=self.core.state is State.TRANSFERRING)
+
+    def _read(self, round_idx: int, now: float) -> Wait | None:
+        result = self._rounds.read(round_idx, now, in_window=self.core.in_window, counts_late=not self._is_sync)
+        if isinstance(result, Wait):
+            return result
+        if isinstance(result, Tally):
+            self._decide(round_idx, result)
+        elif isinstance(result, Lost):
+            self._give_up(result)
+        elif isinstance(result, Resolved):
+            decision = self.core.resolve_round(committed=result.committed, reason=result.lost.reason)
+            self._rounds.note_decision(round_idx, committed=result.committed)
+            self._carry_out(decision, "ResolveRound")
+            self._give_up(result.lost)
+        else:
+            self._fail_unresolved(result)
+        return None
+
+    def _decide(self, round_idx: int, tally: Tally) -> None:
+        decision = self.core.read_round(tally)
+        self._rounds.note_decision(round_idx, committed=decision.kind is DecisionKind.COMMIT)
+        if self.core.state is State.STOPPED:
+            self._rounds.stop_from(round_idx + 1)
+        self._carry_out(decision, "ReadRound")
+        self._parts.is_suspended = self.core.is_frozen
+        if not self.core.is_active:
+            self._raise_lag()
+
+    def _carry_out(self, decision: Decision, action: str) -> None:
+        kind = decision.kind
+        if kind is DecisionKind.START:
+            self._runner.start(self.core.epoch)
+        elif kind is DecisionKind.BEGIN:
+            self._runner.begin()
+        elif kind is DecisionKind.COMMIT:
+            self._commit()
+        if not self.core.is_active:
+            self._runner.drop()
+        reason = decision.reason and decision.reason.name
+        self._emit(action, decision=kind.value, reason=reason, outcome=self._note_outcome())
+        self._log(decision)
+
+    def _commit(self) -> None:
+        """Make the chunk live. It was promised; if it cannot be done, no forward pass may follow."""
+        try:
+            self._runner.commit()
+        except Exception as error:
+            detail = f"a promised commit failed: {error}"
+            self._rounds.post_last(self.core.commit_failed(detail))
+            self._note_outcome()
+            self._fail_stop(FailStop(detail, [self.core.rank]), is_commit=True)
+        self.core.live_digest = self._runner.live_digest
+
+    def _give_up(self, lost: Lost) -> None:
+        # Only after the vote timeout have all live ranks surely shown that they posted; before, nobody is named here
+        # and the watchdog names who shows no life.
+        waited = lost.reason is StopReason.TIMEOUT
+        missing = self._parts.missing_ranks(self.core.round_idx) if waited else ()
+        detail = f"{lost.detail}; missing ranks: {list(missing) or 'not known yet, see health().peers'}"
+        self._parts.watch_closely()
+        self._rounds.post_last(self.core.give_up(lost.reason, detail))
+        self._runner.drop()
+        self._emit("GiveUp", reason=lost.reason.name, outcome=self._note_outcome())
+        logger.error("rank %d: rebalancing stopped (%s): %s", self.core.rank, lost.reason.name, detail)
+
+    def _fail_unresolved(self, unresolved: Unresolved) -> None:
+        ranks = unresolved.silent_ranks
+        self._fail_stop(
+            ConsensusTimeout(
+                f"rank {self.core.rank} voted to commit a chunk and the decision was lost "
+                f"({unresolved.lost.detail}); within resolve_timeout_s "
+                f"{f'ranks {list(ranks)} did not say' if ranks else 'the store did not say'} "
+                "whether it was committed, so serving on could tear the expert map",
+                ranks,
+            )
+        )
+
+    def _fail_stop(self, error: EplbError, *, is_commit: bool = False) -> NoReturn:
+        if self._fatal is None:
+            self._fatal = error
+            self._emit("FailStop", text=self.failure, is_commit=is_commit)
+        self._parts.fail_stop(error)
+        raise error  # it must not return; if it did, an exception is what is left
+
+    # -- what the worker reports ----------------------------------------------------------------------------
+
+    def _take_messages(self) -> None:
+        self._runner.run_inline()
+        mailbox = self._parts.mailbox
+        while not mailbox.empty():
+            self._take(mailbox.get_nowait())
+        if not self._runner.is_worker_alive:
+            self._work_failed(self.core.epoch, AbortReason.WORKER_DIED, "the worker thread is gone")
+
+    def _take(self, message: messages.Message) -> None:
+        core = self.core
+        if isinstance(message, messages.LoadCollected):
+            if core.load_collected(message.epoch):
+                self._emit("LoadCollected")
+        elif isinstance(message, messages.PlanReady):
+            if message.epoch == core.epoch and core.state is State.COMPUTING:
+                terms = self._runner.accept_plan(message.plan, core.lag)
+                core.plan_ready(message.epoch, terms)
+                self._emit(
+                    "PlanReady",
+                    plan_digest=terms.digest,
+                    skip=message.plan.skip_reason,
+                    num_chunks=terms.num_chunks,
+                    deadline_steps=terms.deadline_steps,
+                )
+        elif isinstance(message, messages.ChunkStaged):
+            if core.chunk_staged(message.epoch, message.program.chunk_idx):
+                self._runner.keep_staged(message.program)
+                self._emit("ChunkStaged")
+        elif isinstance(message, messages.JobDone):
+            self._runner.job_done()
+        else:
+            self._take_failure(message)
+
+    def _take_failure(self, message: messages.WorkFailed | messages.TransportGone | messages.SlotDamaged) -> None:
+        if isinstance(message, messages.WorkFailed):
+            self._work_failed(message.epoch, message.reason, message.detail)
+        elif isinstance(message, messages.TransportGone):
+            logger.error("rank %d: %s; voting to stop", self.core.rank, message.detail)
+            self.core.transport_lost()
+            self._emit("TransportLost", text=message.detail)
+        else:
+            self._fail_stop(FailStop(f"rank {self.core.rank}: {message.detail}", [self.core.rank]))
+
+    def _work_failed(self, epoch: int, reason: AbortReason, detail: str) -> None:
+        if self.core.work_failed(epoch, reason):
+            logger.warning("rank %d epoch %d: %s: %s; voting to abort", self.core.rank, epoch, reason.name, detail)
+            self._emit("WorkFailed", reason=reason.name, text=detail)
+
+    # -- housekeeping ---------------------------------------------------------------------------------------
+
+    def _rotate_window(self) -> None:
+        """Close a bucket of the load window once enough steps have passed; the same step on all ranks."""
+        bucket_steps = self._parts.config.window_size / self._parts.load_source.num_buckets
+        if self.core.step_idx - self._last_rotate_step >= bucket_steps:
+            self._last_rotate_step = self.core.step_idx
+            self._runner.rotate_window()
+
+    def _raise_lag(self) -> None:
+        """Ask for more lag when more than 1 % of the last rounds were late (``lag="auto"``)."""
+        num_read, num_late = self._late_mark
+        if self._parts.config.lag != "auto" or self._rounds.num_read - num_read < _LATE_RATIO_ROUNDS:
+            return
+        late_ratio = (self._rounds.num_late - num_late) / (self._rounds.num_read - num_read)
+        self._late_mark = (self._rounds.num_read, self._rounds.num_late)
+        if late_ratio > _LATE_RATIO_LIMIT and self.core.wanted_lag < _MAX_AUTO_LAG:
+            self.core.wanted_lag += 1
+            logger.info(
+                "rank %d: %.1f %% of rounds were late; asking for lag %d",
+                self.core.rank,
+                100 * late_ratio,
+                self.core.wanted_lag,
+            )
+
+    def _note_outcome(self) -> str:
+        """Keep the outcome of an epoch that has just ended, and return its name; else the empty string."""
+        outcome = self.core.last_outcome
+        if outcome is None or (self.outcomes and self.outcomes[-1] is outcome):
+            return ""
+        self.outcomes = [*self.outcomes[1 - _NUM_KEPT_OUTCOMES :], outcome]
+        self.num_outcomes[outcome.kind.name] += 1
+        return outcome.kind.name
+
+    def _log(self, decision: Decision) -> None:
+        if decision.kind in (DecisionKind.ABORT, DecisionKind.STOP):
+            logger.warning(
+                "rank %d epoch %d: %s(%s) %s",
+                self.core.rank,
+                self.core.epoch,
+                decision.kind.value,
+                decision.reason.name if decision.reason else "",
+                decision.detail or (f"asked for by rank {decision.rank}" if decision.rank >= 0 else ""),
+            )
+
+    def _emit(self, action: str, **detail: Any) -> None:
+        if not self._observers:
+            return
+        core = self.core
+        self._num_events += 1
+        self._observers.on_event(
+            Event(
+                seq=self._num_events,
+                rank=core.rank,
+                step_idx=self.core.step_idx,
+                action=action,
+                state=core.state.value,
+                epoch=core.epoch,
+                round_idx=core.round_idx,
+                chunk_idx=core.chunk_idx,
+                num_staged=core.num_staged,
+                is_drained=self._runner.is_drained,
+                is_frozen=self.is_frozen,
+                live_digest=core.live_digest,
+                detail=detail,
+            )
+        )

@@ -1,0 +1,150 @@
+"""The two jobs of an epoch: make the plan, and stage a chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from eplb_fsm.config import RebalanceConfig
+from eplb_fsm.core.reasons import AbortReason
+from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.plan import Chunk, Plan
+from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
+from eplb_fsm.runtime.domain import Domain
+from eplb_fsm.runtime.maps import MapWriter
+from eplb_fsm.runtime.pending import Pending
+from eplb_fsm.runtime.planner import Planner
+from eplb_fsm.runtime.staging import CommitProgram, IntegrityError, StagingArea
+from eplb_fsm.runtime.transport import Transport
+from eplb_fsm.runtime.worker import (
+    ChunkStaged,
+    Job,
+    LoadCollected,
+    Mailbox,
+    Pace,
+    PlanReady,
+    SlotDamaged,
+    WorkError,
+)
+
+_PLANNING_RANK = 0
+"""The lowest rank plans for all (``plan_source="lowest_rank"``)."""
+
+
+@dataclass(slots=True)
+class Jobs:
+    """Makes the jobs of one rank, and holds what they work with.
+
+    Attributes:
+        planner: None on ranks that receive their plan.
+    """
+
+    domain: Domain
+    config: RebalanceConfig
+    task: PlanTask
+    transport: Transport
+    staging: StagingArea
+    map_writer: MapWriter
+    planner: Planner | None
+    pace: Pace
+    mailbox: Mailbox
+    num_exchanges: int = 0
+
+    def make_plan(
+        self, epoch: int, snapshots: Sequence[torch.Tensor], taken: Pending, current: tuple[Placement, ...]
+    ) -> Job:
+        """Return the job that sums the load of all ranks and ends with a validated plan on each.
+
+        Args:
+            epoch: The epoch.
+            snapshots: This rank's load of each bank, int64 ``(num_moe_layers, num_logical_experts)``, on the
+                device; not read before ``taken``.
+            taken: The event of the snapshot.
+            current: The live placement of each bank.
+        """
+        body = self._make_plan(epoch, snapshots, taken, current)
+        return Job(epoch, AbortReason.LOAD_ERROR, body, self._wait_limit_s)
+
+    def stage(self, epoch: int, plan: Plan, chunk: Chunk, after: Pending) -> Job:
+        """Return the job that stages one chunk once ``after``, the event of the last commit, is done."""
+        self.num_exchanges += 1
+        body = self._stage(epoch, plan, chunk, after, self.num_exchanges)
+        return Job(epoch, AbortReason.TRANSFER_ERROR, body, self._wait_limit_s)
+
+    def verify(self, epoch: int, program: CommitProgram, committed: Pending) -> Job:
+        """Return the job that reads committed rows back (``integrity="slot"``)."""
+        return Job(epoch, AbortReason.WORKER_ERROR, self._verify(program, committed), self._wait_limit_s)
+
+    @property
+    def _wait_limit_s(self) -> float:
+        return self.config.transfer_timeout_s + self.config.plan_timeout_s
+
+    def _make_plan(
+        self, epoch: int, snapshots: Sequence[torch.Tensor], taken: Pending, current: tuple[Placement, ...]
+    ) -> Iterator[Pending]:
+        yield taken
+        total = torch.cat([snapshot.reshape(-1).to("cpu", torch.int64) for snapshot in snapshots])
+        yield self.transport.all_reduce_sum(total)
+        self.mailbox.put(LoadCollected(epoch))
+        loads = self._split(total.numpy(), current)
+        if self.config.plan_source == "every_rank":
+            encoded = yield from self._compute(loads, current)
+        else:
+            encoded = yield from self._receive_plan(loads, current)
+        plan = Plan.decode(encoded, current, self.task.shapes, self.task.budget)
+        self.mailbox.put(PlanReady(epoch, plan))
+
+    @staticmethod
+    def _split(total: Load, current: Sequence[Placement]) -> list[Load]:
+        loads, start = [], 0
+        for placement in current:
+            shape = (placement.num_moe_layers, placement.num_logical_experts)
+            loads.append(total[start : start + math.prod(shape)].reshape(shape))
+            start += math.prod(shape)
+        return loads
+
+    def _compute(self, loads: Sequence[Load], current: Sequence[Placement]) -> Generator[Pending, None, EncodedPlan]:
+        assert self.planner is not None
+        yield self.planner.submit(loads, current)
+        return self.planner.result()
+
+    def _receive_plan(
+        self, loads: Sequence[Load], current: Sequence[Placement]
+    ) -> Generator[Pending, None, EncodedPlan]:
+        """One rank computes; its failure is broadcast like a plan, so that nobody waits for it in vain."""
+        is_planning = self.domain.rank == _PLANNING_RANK
+        failure: WorkError | None = None
+        encoded: EncodedPlan = np.zeros(0, dtype=np.int64)
+        if is_planning:
+            try:
+                encoded = yield from self._compute(loads, current)
+            except WorkError as error:
+                failure = error
+            except Exception as error:  # whatever it is, the others are waiting for a plan or a failure
+                failure = WorkError(AbortReason.POLICY_ERROR, f"{type(error).__name__}: {error}")
+        length = torch.tensor([-1 if failure else encoded.size], dtype=torch.int64)
+        yield self.transport.broadcast(length, _PLANNING_RANK)
+        if failure:
+            raise failure
+        if length.item() < 0:
+            raise WorkError(AbortReason.POLICY_ERROR, f"the policy failed on rank {_PLANNING_RANK}; see its log")
+        words = torch.from_numpy(encoded.copy()) if is_planning else torch.empty(int(length), dtype=torch.int64)
+        yield self.transport.broadcast(words, _PLANNING_RANK)
+        return words.numpy()
+
+    def _stage(self, epoch: int, plan: Plan, chunk: Chunk, after: Pending, tag: int) -> Iterator[Pending]:
+        yield self.pace.wait_for(chunk.bytes_from(self.domain.rank))
+        placements = plan.placements_after(chunk.idx)
+        program = yield from self.staging.stage(chunk, after, tag, self.transport, self.map_writer, placements)
+        self.mailbox.put(ChunkStaged(epoch, program))
+
+    def _verify(self, program: CommitProgram, committed: Pending) -> Iterator[Pending]:
+        yield committed
+        try:
+            self.staging.verify_live(program)
+        except IntegrityError as error:
+            self.mailbox.put(SlotDamaged(str(error)))

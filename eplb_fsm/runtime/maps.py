@@ -1,0 +1,91 @@
+"""Writing the engine's device tables that say where an expert lives.
+
+An engine derives its own tables from a placement; a commit must change them in place, on the stream, without
+allocating and without a loop over slots. So a writer prepares at staging, in the worker, and only copies at
+the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from eplb_fsm.placement.digest import Int64Array
+from eplb_fsm.placement.placement import Placement
+
+
+class MapWriter(Protocol):
+    """The seam to an engine's tables; one writer serves all banks of a domain."""
+
+    def prepare(self, bank: int, layers: Sequence[int], placement: Placement) -> object:
+        """Compute what :meth:`write` will copy for these layers; worker thread, may take its time."""
+        ...
+
+    def write(self, prepared: object) -> None:
+        """Copy into the live tables; called in stream order at a commit. Must not raise, block or allocate."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BankMaps:
+    """The live tables of one bank, int64, read by every forward pass.
+
+    Attributes:
+        physical_to_logical_map: ``(num_moe_layers, num_physical_experts)``.
+        logical_to_physical_map: ``(num_moe_layers, num_logical_experts, width)``, padded with -1. The width is the
+            largest number of replicas that any placement can give one expert, so that it never grows.
+        logical_replica_count: ``(num_moe_layers, num_logical_experts)``.
+    """
+
+    physical_to_logical_map: torch.Tensor
+    logical_to_physical_map: torch.Tensor
+    logical_replica_count: torch.Tensor
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, ...]:
+        """All three, in the order of the fields."""
+        return (self.physical_to_logical_map, self.logical_to_physical_map, self.logical_replica_count)
+
+
+class _Rows(NamedTuple):
+    live: list[torch.Tensor]
+    new: list[torch.Tensor]
+
+
+class TensorMapWriter:
+    """Keeps the three tables of each bank as torch tensors on one device.
+
+    Args:
+        placements: The placement of each bank at start.
+        device: Where the engine reads them.
+    """
+
+    def __init__(self, placements: Sequence[Placement], device: torch.device | str = "cpu") -> None:
+        self._widths = [p.num_physical_experts - p.num_logical_experts + 1 for p in placements]
+        self.maps = tuple(self._tables(bank, placement, device) for bank, placement in enumerate(placements))
+
+    def _tables(self, bank: int, placement: Placement, device: torch.device | str) -> BankMaps:
+        rows = self._rows(bank, placement, range(placement.num_moe_layers))
+        return BankMaps(*(torch.from_numpy(table).to(device) for table in rows))
+
+    def _rows(self, bank: int, placement: Placement, layers: Sequence[int]) -> tuple[Int64Array, ...]:
+        """Return fresh rows of the three tables for some layers."""
+        slots_of = placement.logical_to_physical(self._widths[bank], list(layers))
+        return placement.physical_to_logical_map[list(layers)], slots_of, (slots_of >= 0).sum(-1)
+
+    def prepare(self, bank: int, layers: Sequence[int], placement: Placement) -> object:
+        """Return live rows and their new contents; allocates, so it belongs in the worker."""
+        live: list[torch.Tensor] = []
+        new: list[torch.Tensor] = []
+        for table, rows in zip(self.maps[bank].tables, self._rows(bank, placement, layers), strict=True):
+            live += [table[layer] for layer in layers]
+            new += torch.from_numpy(rows).to(table.device).unbind(0)
+        return _Rows(live, new)
+
+    def write(self, prepared: object) -> None:
+        """Copy the new rows over the live ones."""
+        assert isinstance(prepared, _Rows)
+        torch._foreach_copy_(prepared.live, prepared.new)

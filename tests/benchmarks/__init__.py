@@ -1,0 +1,1 @@
+"""Benchmarks: ratios paired in one run, medians; not part of the test command but smoke-run by it."""

@@ -1,0 +1,235 @@
+"""The actions of one rank: deadlines vote, stale results are dropped, back-off, START, lag, the window."""
+
+from __future__ import annotations
+
+import pytest
+from cores import PLAN, core, run_to, run_until, transferring
+
+from eplb_fsm.core.deadlines import epoch_bound_steps
+from eplb_fsm.core.rank import PlanTerms, RankCore
+from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason, decode_reason, encode_reason
+from eplb_fsm.core.states import State
+from eplb_fsm.core.votes import DecisionKind, tally_votes
+
+
+def test_a_whole_epoch() -> None:
+    """START, BEGIN and one COMMIT for each chunk, each read ``lag`` steps after it was voted, end in COMMITTED."""
+    it = transferring(core())
+    for chunk_idx in range(PLAN.num_chunks):
+        assert it.chunk_staged(it.epoch, chunk_idx)
+        run_until(it, DecisionKind.COMMIT)
+    outcome = it.last_outcome
+    assert outcome is not None
+    assert (outcome.kind, outcome.num_commits, outcome.epoch) == (OutcomeKind.COMMITTED, 2, 1)
+    assert it.state is State.IDLE
+
+
+@pytest.mark.parametrize("lag", [1, 2, 5])
+@pytest.mark.parametrize("state", ["COLLECTING", "COMPUTING", "AWAITING_CONSENSUS", "TRANSFERRING"])
+def test_a_deadline_votes_and_does_not_act(lag: int, state: str) -> None:
+    """Past its deadline a rank only votes to abort; the epoch ends when that is read, within the written bound."""
+    it = core(lag=lag)
+    it.request_rebalance()
+    start = run_until(it, DecisionKind.START)
+    assert start.kind is DecisionKind.START
+    if state in ("COMPUTING", "AWAITING_CONSENSUS", "TRANSFERRING"):
+        it.load_collected(1)
+    if state in ("AWAITING_CONSENSUS", "TRANSFERRING"):
+        it.plan_ready(1, PLAN)
+    peers: list[dict[str, int]] = []
+    if state == "AWAITING_CONSENSUS":
+        peers = [{"progress": 1}]  # one that is never ready
+    elif state == "TRANSFERRING":
+        run_until(it, DecisionKind.BEGIN)
+    while it.posted is None or not it.posted.abort:
+        run_to(it, it.step_idx + 1, *peers)
+    assert it.state.value == state
+    assert decode_reason(it.posted.abort) == (AbortReason[f"DEADLINE_{state}"], 0)
+    run_until(it, DecisionKind.ABORT, *peers, within=lag)
+    outcome = it.last_outcome
+    assert outcome is not None
+    assert outcome.end_step - outcome.start_step <= epoch_bound_steps(it.config, lag, PLAN.deadline_steps)
+
+
+@pytest.mark.parametrize("lag", range(1, 9))
+def test_late_phases_never_pass_the_bound(lag: int) -> None:
+    """Phases that each take as long as they may stay within the written bound, and come close to it."""
+    it = core(lag=lag)
+    it.request_rebalance()
+    run_until(it, DecisionKind.START)
+    run_to_last_posting(it)
+    it.load_collected(1)
+    it.post_vote(0)
+    run_to_last_posting(it)
+    it.plan_ready(1, PLAN)
+    it.post_vote(0)
+    while it.step_idx - it.state_entered_step < it.config.awaiting_consensus_deadline_steps - lag:
+        run_to(it, it.step_idx + 1, {"progress": 1})
+    run_until(it, DecisionKind.BEGIN)
+    run_until(it, DecisionKind.ABORT)
+    outcome = it.last_outcome
+    assert outcome is not None
+    bound = epoch_bound_steps(it.config, lag, PLAN.deadline_steps)
+    assert bound - 6 * lag <= outcome.end_step - outcome.start_step <= bound
+
+
+def run_to_last_posting(it: RankCore) -> None:
+    """Step to the first posting past the deadline, where a result of the worker is taken before the vote is made."""
+    while it.read_due - it.state_entered_step <= it._deadline_steps():
+        run_to(it, it.step_idx + 1)
+    run_to(it, it.read_due - 1)
+    it.step_idx += 1
+    assert it.posted is not None
+    it.read_round(tally_votes([it.posted]))
+
+
+def test_results_of_another_epoch_are_dropped() -> None:
+    """What the worker reports for an epoch that is over, or in another state, changes nothing."""
+    it = transferring(core())
+    assert not it.load_collected(it.epoch)
+    assert not it.plan_ready(it.epoch, PLAN)
+    for epoch in (it.epoch - 1, it.epoch + 1):
+        assert not it.chunk_staged(epoch, 0)
+        assert not it.work_failed(epoch, AbortReason.INTEGRITY)
+    assert (it.num_staged, it.state) == (0, State.TRANSFERRING)
+    it.request_abort()
+    run_until(it, DecisionKind.ABORT)
+    assert not it.chunk_staged(it.epoch, 0)
+    assert not it.work_failed(it.epoch, AbortReason.INTEGRITY)
+
+
+def test_the_first_reason_stays() -> None:
+    """Of several reasons to abort the first is voted, and only it is reported."""
+    it = transferring(core())
+    assert it.work_failed(it.epoch, AbortReason.INTEGRITY)
+    assert not it.work_failed(it.epoch, AbortReason.TRANSFER_ERROR)
+    it.request_abort()
+    assert run_until(it, DecisionKind.ABORT).reason is AbortReason.INTEGRITY
+
+
+def test_back_off_doubles_up_to_its_bound() -> None:
+    """Aborts in a row keep the next START away for twice as long each, up to the bound; a success resets that."""
+    it = core(lag=1, idle_round_interval=1)
+    pauses = []
+    it.request_rebalance()
+    for _ in range(6):
+        run_until(it, DecisionKind.START)
+        it.work_failed(it.epoch, AbortReason.POLICY_ERROR)
+        run_until(it, DecisionKind.ABORT)
+        pauses.append(it._earliest_next_step - it.step_idx)
+    assert pauses == [5, 10, 20, 40, 40, 40]
+    run_until(it, DecisionKind.START)
+    it.load_collected(it.epoch)
+    it.plan_ready(it.epoch, PlanTerms(digest=1, num_chunks=0, deadline_steps=0, skip=True))
+    run_until(it, DecisionKind.SKIP)
+    it.request_rebalance()
+    run_until(it, DecisionKind.START)
+    it.request_abort()
+    run_until(it, DecisionKind.ABORT)
+    assert it._earliest_next_step - it.step_idx == 5
+
+
+@pytest.mark.parametrize("word", [{"drained": 0}, {"freeze": 1}, {"earliest_next_step": 10_000}])
+def test_a_start_needs_every_rank(word: dict[str, int]) -> None:
+    """One rank that is not drained, wants a freeze or backs off keeps all ranks in IDLE."""
+    it = core()
+    it.request_rebalance()
+    decisions = run_to(it, 40, word)
+    assert decisions
+    assert DecisionKind.START not in {decision.kind for decision in decisions}
+    run_until(it, DecisionKind.START)
+
+
+def test_an_interval_starts_epochs() -> None:
+    """With ``step_interval`` the first START comes at the first round from that step on; with 0 none comes."""
+    it = core(step_interval=30)
+    run_until(it, DecisionKind.START)
+    assert 30 <= it.step_idx <= 30 + 4 + it.lag
+    never = core()
+    assert {decision.kind for decision in run_to(never, 200)} == {DecisionKind.NONE}
+
+
+def test_lag_is_adopted_only_while_idle() -> None:
+    """More lag that a rank asks for holds from an idle round on, and never while an epoch is under way."""
+    it = transferring(core())
+    run_to(it, it.step_idx + 10, {"lag": 6})
+    assert it.lag == 2
+    it.request_abort()
+    run_until(it, DecisionKind.ABORT, {"lag": 6})
+    assert it.lag == 2
+    run_to(it, it.step_idx + 10, {"lag": 6})
+    assert (it.lag, it.wanted_lag) == (6, 6)
+
+
+def test_a_freeze_needs_all_drained_and_holds() -> None:
+    """A freeze is true once all are drained, ends the epoch if one is under way, and ends when nobody asks any more."""
+    it = transferring(core())
+    it.request_freeze()
+    assert run_until(it, DecisionKind.ABORT).reason is AbortReason.FROZEN
+    run_to(it, it.step_idx + 12, {"drained": 0})
+    assert not it.is_frozen
+    run_until(it, DecisionKind.FREEZE)
+    assert it.is_frozen
+    it.request_unfreeze()
+    run_to(it, it.step_idx + 8)
+    assert not it.is_frozen
+
+
+def test_a_rank_that_does_not_drain_votes_to_stop() -> None:
+    """A rank that is not drained within its deadline asks all to stop; before that it waits."""
+    it = core()
+    it.drained = False
+    run_to(it, it.config.drain_deadline_steps)
+    assert it.state is State.IDLE
+    assert run_until(it, DecisionKind.STOP).reason is StopReason.TRANSPORT
+    assert it.state is State.STOPPED
+
+
+@pytest.mark.parametrize("word", ["abort", "freeze", "stop"])
+def test_a_staged_vote_that_refuses_is_no_promise(word: str) -> None:
+    """The window is open after a staged vote, and not when that vote itself rules a COMMIT out."""
+    it = transferring(core())
+    it.chunk_staged(it.epoch, 0)
+    run_to(it, it.post_due if it.posted is None else it.read_due)
+    assert it.in_window
+    {"abort": it.request_abort, "freeze": it.request_freeze, "stop": it.request_stop}[word]()
+    run_to(it, it.read_due, {"progress": 4})
+    assert it.posted is not None
+    assert it.posted.progress == 5
+    assert not it.in_window
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_resolved_round(committed: bool) -> None:
+    """A decision found over the store is applied like one that was read, and a last STOP vote follows it."""
+    it = transferring(core())
+    it.chunk_staged(it.epoch, 0)
+    run_to(it, it.read_due)
+    round_idx = it.round_idx
+    decision = it.resolve_round(committed=committed, reason=StopReason.TIMEOUT)
+    assert decision.kind is (DecisionKind.COMMIT if committed else DecisionKind.ABORT)
+    last = it.give_up(StopReason.TIMEOUT, "late")
+    assert (last.round_idx, last.stop) == (round_idx + 1, encode_reason(StopReason.TIMEOUT, 0))
+    assert it.state is State.STOPPED
+    outcome = it.last_outcome
+    assert outcome is not None
+    assert outcome.kind is (OutcomeKind.FAILED if committed else OutcomeKind.ABORTED)
+    assert outcome.num_commits == int(committed)
+
+
+def test_giving_up_inside_the_window_is_a_bug() -> None:
+    """A rank that promised must not stop alone before the round is resolved."""
+    it = transferring(core())
+    it.chunk_staged(it.epoch, 0)
+    run_to(it, it.read_due)
+    with pytest.raises(AssertionError):
+        it.give_up(StopReason.TIMEOUT, "late")
+
+
+def test_a_stopped_rank_posts_nothing_more() -> None:
+    """After STOP there is no further round to post or to read, and closing has nothing to say."""
+    it = core()
+    it.request_stop()
+    run_until(it, DecisionKind.STOP)
+    assert it.next_due > 1 << 60
+    assert it.close() is None
