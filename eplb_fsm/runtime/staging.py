@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,44 +19,16 @@ from eplb_fsm.runtime.bank import Bank, RowLayout
 from eplb_fsm.runtime.device import DeviceOps
 from eplb_fsm.runtime.maps import MapWriter
 from eplb_fsm.runtime.pending import Pending
+from eplb_fsm.runtime.routes import Route, find_routes
+from eplb_fsm.runtime.rowhash import hash_keys, hash_rows
 from eplb_fsm.runtime.transport import Parcel, Transport
 
-_ROW_SEED = 0x9E3779B97F4A7C15
-"""Increment of splitmix64 (Steele, Lea, Flood 2014)."""
-_MASK = (1 << 64) - 1
 _BLOCK_BYTES = 1 << 20
 """Rows are packed and hashed in blocks of about this size, so that the hash reads what is still in the cache."""
 
 
 class IntegrityError(TransferError):
     """A received row does not have the hash that travelled with it."""
-
-
-def hash_keys(num_words: int) -> torch.Tensor:
-    """Return the odd 64-bit keys of the row hash, int64 ``(num_words,)``; splitmix64 of the position."""
-    keys = []
-    for position in range(1, num_words + 1):
-        z = position * _ROW_SEED & _MASK
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
-        z = (z ^ z >> 31) | 1
-        keys.append(z - (1 << 64) if z >> 63 else z)
-    return torch.tensor(keys, dtype=torch.int64)
-
-
-def hash_rows(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return the multilinear hash modulo 2**64 of each row: the sum of words times keys.
-
-    A change of any single word changes the hash, because the keys are odd; keys differ by position, so two
-    words that change places do too. One pass at memory speed, without the interpreter lock.
-
-    Args:
-        rows: int64 ``(n, num_words)``.
-        keys: int64 ``(num_words,)``, from :func:`hash_keys`.
-    """
-    if rows.device.type == "cpu":
-        return torch.mv(rows, keys)
-    return (rows * keys).sum(1)
 
 
 @dataclass(slots=True)
@@ -86,14 +59,13 @@ class CommitProgram:
         self.map_writer.write(self.prepared_maps)
 
 
-@dataclass(slots=True)
-class _Route:
-    """Rows of one chunk between this rank and one peer, in the order in which both sides count them."""
+class _Place(NamedTuple):
+    """Where the rows of a chunk are staged."""
 
-    slots: list[tuple[int, int]]
-    """(layer, local slot) to read from; on the receiving side (layer, index of the row)."""
-    targets: list[list[int]]
-    """Receiving side: local slots that each row is written to."""
+    bank: int
+    buffer_idx: int
+    stride: int
+    """Bytes from one row to the next."""
 
 
 class StagingArea:
@@ -148,20 +120,21 @@ class StagingArea:
             TransferError: If the exchange failed.
         """
         yield after
-        buffer_idx = chunk.idx % len(self._send)
-        stride = self._banks[chunk.bank].layout.stride
-        sends, receives, local = self._routes(chunk)
-        parcels = self._pack(chunk.bank, buffer_idx, sends)
-        wanted, offset = _ranges(self._receive[buffer_idx], receives, stride)
-        yield transport.begin(parcels, wanted, tag)
-        self._verify(chunk.bank, wanted)
-        self._copy_local(chunk.bank, buffer_idx, offset, local)
-        routes = [*(receives[peer] for peer in sorted(receives)), local]
-        live, staged = self._copies(chunk.bank, buffer_idx, routes)
+        bank = self._banks[chunk.bank]
+        routes = find_routes(chunk, self._rank, bank.num_local_physical_experts)
+        at = _Place(chunk.bank, chunk.idx % len(self._send), bank.layout.stride)
+        for route in routes.sends:
+            self._pack(at, route)
+        arriving = _parcels(self._receive[at.buffer_idx], routes.receives, at.stride)
+        yield transport.begin(_parcels(self._send[at.buffer_idx], routes.sends, at.stride), arriving, tag)
+        self._verify(at, arriving)
+        # Local copies are staged like receives: all reads of a chunk come before any of its writes.
+        self._copy_live(at, routes.local.sources, routes.local.rows, is_send=False)
+        live, staged = self._copies(at, [*routes.receives, routes.local])
         return CommitProgram(
             chunk_idx=chunk.idx,
             num_bytes=sum(row.numel() for row in live),
-            num_peer_bytes=sum(buffer.numel() for _, buffer in wanted),
+            num_peer_bytes=routes.local.first_row * at.stride,
             placements=placements,
             digest=chunk.digest_after,
             live_rows=live,
@@ -180,95 +153,50 @@ class StagingArea:
             if not torch.equal(live, staged):
                 raise IntegrityError("a committed row differs from what was staged for it")
 
-    def _routes(self, chunk: Chunk) -> tuple[dict[int, _Route], dict[int, _Route], _Route]:
-        """Sort the moves of a chunk into sends and receives by peer, and local copies."""
-        num_local = self._banks[chunk.bank].num_local_physical_experts
-        sends: dict[int, _Route] = {}
-        receives: dict[int, _Route] = {}
-        local = _Route([], [])
-        rows: dict[tuple[int, int, int], int] = {}
-        for layer, dst, src, _ in chunk.moves.tolist():
-            dst_rank, src_rank = dst // num_local, src // num_local
-            if dst_rank != self._rank and src_rank != self._rank:
-                continue
-            if dst_rank == src_rank:
-                local.slots.append((layer, src % num_local))
-                local.targets.append([dst % num_local])
-                continue
-            sending = src_rank == self._rank
-            peer = dst_rank if sending else src_rank
-            route = (sends if sending else receives).setdefault(peer, _Route([], []))
-            # One expert for two slots of a rank travels once: both sides see the same moves in the same order.
-            row = rows.setdefault((peer, layer, src), len(route.slots))
-            if row == len(route.slots):
-                route.slots.append((layer, src % num_local))
-                route.targets.append([])
-            route.targets[row].append(dst % num_local)
-        return sends, receives, local
+    def _pack(self, at: _Place, route: Route) -> None:
+        """Copy the rows of a route into the send buffer, each with its hash."""
+        per_block = max(1, _BLOCK_BYTES // at.stride)
+        for first in range(0, len(route.rows), per_block):
+            rows = route.rows[first : first + per_block]
+            self._copy_live(at, route.sources[first : first + per_block], rows, is_send=True)
+            if self._is_hashed:
+                words = _words(_span(self._send[at.buffer_idx], rows, at.stride), at.stride)
+                words[:, -1] = hash_rows(words[:, :-1], self._keys[at.bank])
 
-    def _pack(self, bank: int, buffer_idx: int, sends: dict[int, _Route]) -> list[Parcel]:
-        buffer = self._send[buffer_idx]
-        stride = self._banks[bank].layout.stride
-        parcels, _ = _ranges(buffer, sends, stride)
-        slots = [at for peer in sorted(sends) for at in sends[peer].slots]
-        per_block = max(1, _BLOCK_BYTES // stride)
-        for first in range(0, len(slots), per_block):
-            block = slots[first : first + per_block]
-            start, stop = first * stride, (first + len(block)) * stride
-            live = [row for at in block for row in self._banks[bank].live_row(*at)]
-            staged = [view for at in range(start, stop, stride) for view in self._row(bank, buffer_idx, True, at)]
-            torch._foreach_copy_(staged, live)
-            self._seal(bank, buffer[start:stop])
-        return parcels
-
-    def _seal(self, bank: int, packed: torch.Tensor) -> None:
-        if self._is_hashed:
-            words = packed.view(torch.int64).view(-1, self._banks[bank].layout.stride // 8)
-            words[:, -1] = hash_rows(words[:, :-1], self._keys[bank])
-
-    def _verify(self, bank: int, received: Sequence[Parcel]) -> None:
+    def _verify(self, at: _Place, received: Sequence[Parcel]) -> None:
         if not self._is_hashed:
             return
         for peer, packed in received:
-            words = packed.view(torch.int64).view(-1, self._banks[bank].layout.stride // 8)
-            if not torch.equal(hash_rows(words[:, :-1], self._keys[bank]), words[:, -1]):
-                raise IntegrityError(f"an expert of bank {self._banks[bank].name!r} from rank {peer} was damaged")
+            words = _words(packed, at.stride)
+            if not torch.equal(hash_rows(words[:, :-1], self._keys[at.bank]), words[:, -1]):
+                raise IntegrityError(f"an expert of bank {self._banks[at.bank].name!r} from rank {peer} was damaged")
 
-    def _copy_local(self, bank: int, buffer_idx: int, offset: int, local: _Route) -> None:
-        """Local copies are staged like receives: all reads of a chunk come before any of its writes."""
-        stride = self._banks[bank].layout.stride
-        staged = [
-            view
-            for row in range(len(local.slots))
-            for view in self._row(bank, buffer_idx, False, offset + row * stride)
-        ]
-        if staged:
-            live = [row for at in local.slots for row in self._banks[bank].live_row(*at)]
-            torch._foreach_copy_(staged, live)
+    def _copy_live(self, at: _Place, sources: Sequence[tuple[int, int]], rows: range, *, is_send: bool) -> None:
+        """Copy live experts to rows of a staging buffer, in few operations that leave the interpreter lock alone."""
+        live = [view for source in sources for view in self._banks[at.bank].live_row(*source)]
+        if live:
+            torch._foreach_copy_([view for row in rows for view in self._row(at, row, is_send=is_send)], live)
 
-    def _copies(
-        self, bank: int, buffer_idx: int, routes: Sequence[_Route]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _copies(self, at: _Place, routes: Sequence[Route]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return live rows and the staged rows that a commit copies over them."""
         live: list[torch.Tensor] = []
         staged: list[torch.Tensor] = []
-        offset = 0
         for route in routes:
-            for (layer, _), targets in zip(route.slots, route.targets, strict=True):
+            for row, (layer, _), targets in zip(route.rows, route.sources, route.targets, strict=True):
                 for slot in targets:
-                    live += self._banks[bank].live_row(layer, slot)
-                    staged += self._row(bank, buffer_idx, False, offset)
-                offset += self._banks[bank].layout.stride
+                    live += self._banks[at.bank].live_row(layer, slot)
+                    staged += self._row(at, row, is_send=False)
         return live, staged
 
-    def _row(self, bank: int, buffer_idx: int, is_send: bool, offset: int) -> list[torch.Tensor]:
+    def _row(self, at: _Place, row: int, *, is_send: bool) -> list[torch.Tensor]:
         """Return views on the tensors of one staged row; made once, since making views holds the GIL."""
-        key = (bank, buffer_idx, is_send, offset)
+        key = (at.bank, at.buffer_idx, is_send, row)
         views = self._views.get(key)
         if views is None:
-            buffer = (self._send if is_send else self._receive)[buffer_idx]
-            layout: RowLayout = self._banks[bank].layout
-            views = [buffer[offset + at : offset + at + length] for at, length in layout.segments]
+            buffer = (self._send if is_send else self._receive)[at.buffer_idx]
+            layout: RowLayout = self._banks[at.bank].layout
+            offset = row * at.stride
+            views = [buffer[offset + begin : offset + begin + length] for begin, length in layout.segments]
             self._views[key] = views
         return views
 
@@ -284,15 +212,17 @@ def _allocate(commit_bytes: int, num_buffers: int) -> tuple[list[torch.Tensor], 
         ) from error
 
 
-def _ranges(buffer: torch.Tensor, routes: dict[int, _Route], stride: int) -> tuple[list[Parcel], int]:
-    """Give each peer, in ascending order, its contiguous range of a buffer; return the end as well."""
-    parcels: list[Parcel] = []
-    offset = 0
-    for peer in sorted(routes):
-        length = len(routes[peer].slots) * stride
-        parcels.append((peer, buffer[offset : offset + length]))
-        offset += length
-    return parcels, offset
+def _span(buffer: torch.Tensor, rows: range, stride: int) -> torch.Tensor:
+    return buffer[rows.start * stride : rows.stop * stride]
+
+
+def _words(packed: torch.Tensor, stride: int) -> torch.Tensor:
+    """View whole rows as int64 ``(rows, words)``, the hash last."""
+    return packed.view(torch.int64).view(-1, stride // 8)
+
+
+def _parcels(buffer: torch.Tensor, routes: Sequence[Route], stride: int) -> list[Parcel]:
+    return [(route.peer, _span(buffer, route.rows, stride)) for route in routes]
 
 
 def enqueue_commit(program: CommitProgram, device: DeviceOps) -> Pending:

@@ -25,8 +25,8 @@ from eplb_fsm.runtime.failstop import raise_error
 from eplb_fsm.runtime.transport import GlooTransport
 from tests.benchmarks.ranks import expert_bank, report, run_ranks
 
-SYNC_OPTIONS = {"commit_bytes": 64 << 20}
-"""Few large chunks: what blocks the loop has no reason to cut small, and sync shall be as fast as it can be."""
+SYNC_OPTIONS = {"commit_bytes": 256 << 20, "staging_buffers": 1}
+"""One chunk: what blocks the loop has no reason to cut it small, and sync shall be as fast as it can be."""
 ASYNC_OPTIONS = {"max_slowdown": 0.0}
 """The library's defaults, but never giving way to the loop: on a noisy machine that would measure the noise."""
 LAYERS, LOGICAL, PHYSICAL, EXPERT_BYTES = 8, 64, 72, 3 * 256 * 512 * 4
@@ -63,27 +63,29 @@ def measure_mode(
     )
     figures: list[EpochFigures] = []
     floors: list[float] = []
-    floor = Floor(rank, num_ranks, store, mode)
+    domain = Domain(rank, num_ranks, name=f"engine-{mode}")
+    engine = GlooTransport(domain, store, 60)
+    floor = Floor(domain, engine)
     with RebalanceFSM.connect(
         store, rank, num_ranks, [bank], [placement], config, name=mode, fail_stop=raise_error
     ) as fsm:
         fsm.arm()
         for _ in range(num_epochs):
-            figures.append(_run_epoch(fsm, pass_ms))
+            figures.append(_run_epoch(fsm, engine, pass_ms))
             floors.append(floor.measure(figures[-1].peer_bytes))
         late = fsm.late_rounds
     return figures, floors, late
 
 
-def _run_epoch(fsm: RebalanceFSM, pass_ms: float) -> EpochFigures:
-    """Decode until one more epoch has ended; a pass waits for a device for ``pass_ms``."""
+def _run_epoch(fsm: RebalanceFSM, engine: GlooTransport, pass_ms: float) -> EpochFigures:
+    """Decode until one more epoch has ended."""
     figures = EpochFigures()
     before, bytes_before = len_outcomes(fsm), (fsm.moved_bytes, fsm.health().peer_bytes)
     fsm.request_rebalance()
     start = 0.0
     idle: list[float] = []
     while len_outcomes(fsm) == before:
-        time.sleep(pass_ms / 1e3)
+        _forward_pass(engine, pass_ms)
         was_idle = fsm.state.value == "IDLE"
         cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
         fsm.step()
@@ -102,6 +104,12 @@ def _run_epoch(fsm: RebalanceFSM, pass_ms: float) -> EpochFigures:
     figures.moved_bytes = fsm.moved_bytes - bytes_before[0]
     figures.peer_bytes = fsm.health().peer_bytes - bytes_before[1]
     return figures
+
+
+def _forward_pass(engine: GlooTransport, pass_ms: float) -> None:
+    """Wait for a device, and for the other ranks, as every expert-parallel forward pass does."""
+    time.sleep(pass_ms / 1e3)
+    engine.all_reduce_sum(torch.zeros(1, dtype=torch.int64)).wait(60)
 
 
 def len_outcomes(fsm: RebalanceFSM) -> int:
@@ -126,9 +134,9 @@ def _empty_step_ms() -> float:
 class Floor:
     """The bare cost of an epoch's bytes: gather them, send them over loopback, copy them into place."""
 
-    def __init__(self, rank: int, num_ranks: int, store: dist.Store, mode: str) -> None:
-        self._transport = GlooTransport(Domain(rank, num_ranks, name=f"floor-{mode}"), store, 60)
-        self._peers = [peer for peer in range(num_ranks) if peer != rank]
+    def __init__(self, domain: Domain, transport: GlooTransport) -> None:
+        self._transport = transport
+        self._peers = [peer for peer in range(domain.world_size) if peer != domain.rank]
         self._live, self._staged, self._received = (torch.zeros(0, dtype=torch.uint8) for _ in range(3))
         self._tag = 0
 

@@ -19,7 +19,8 @@ from eplb_fsm.runtime.driver import Driver
 from eplb_fsm.runtime.jobs import Jobs
 from eplb_fsm.runtime.pending import Done
 from eplb_fsm.runtime.rounds import Rounds, Wait
-from eplb_fsm.runtime.staging import StagingArea
+from eplb_fsm.runtime.routes import find_routes
+from eplb_fsm.runtime.staging import StagingArea, _Place
 
 SEEDS = range(12)
 Patch = pytest.MonkeyPatch
@@ -100,15 +101,16 @@ def sends_ignore_the_commit_event(patch: Patch) -> None:
     stage = StagingArea.stage
 
     def stage_early(self: StagingArea, chunk: Any, after: Any, *rest: Any) -> Any:
-        sends, _, _ = self._routes(chunk)
-        self._pack(chunk.bank, chunk.idx % len(self._send), sends)
-        packed = self._send[chunk.idx % len(self._send)].clone()
+        bank = self._banks[chunk.bank]
+        place = _Place(chunk.bank, chunk.idx % len(self._send), bank.layout.stride)
+        for route in find_routes(chunk, self._rank, bank.num_local_physical_experts).sends:
+            self._pack(place, route)
+        packed = self._send[place.buffer_idx].clone()
         pack = self._pack
 
-        def pack_early(bank: int, buffer_idx: int, routes: Any) -> Any:
-            parcels = pack(bank, buffer_idx, routes)
-            self._send[buffer_idx].copy_(packed)
-            return parcels
+        def pack_early(at: Any, route: Any) -> None:
+            pack(at, route)
+            self._send[at.buffer_idx].copy_(packed)
 
         self._pack = pack_early  # type: ignore[method-assign]
         try:
