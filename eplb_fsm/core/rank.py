@@ -77,7 +77,8 @@ class RankCore:
         self.state_entered_step = 0
         self.posted: Vote | None = None
         """The vote of a round that was posted and not read yet."""
-        self.post_due = config.idle_round_interval
+        self._idle_interval = min(config.idle_round_interval, config.step_interval or NEVER)
+        self.post_due = self._idle_interval
         self.read_due = NEVER
         self.plan: PlanTerms | None = None
         self.chunk_idx = 0
@@ -336,9 +337,8 @@ class RankCore:
         elif self.is_active:
             self.post_due = self.step_idx
         else:
-            interval = self.config.idle_round_interval
             last = max(posted.step_idx, self.step_idx - 1)
-            self.post_due = (last // interval + 1) * interval
+            self.post_due = (last // self._idle_interval + 1) * self._idle_interval
 
     def _start(self) -> None:
         self.epoch += 1

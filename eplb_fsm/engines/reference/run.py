@@ -147,7 +147,9 @@ def _warm_up(model: ParallelModel, spec: RunSpec, rank: int) -> None:
     """Decode a little on the fixed placement, so that no run pays for the first use of anything."""
     if spec.warm_up_steps:
         DecodeLoop(model, SlotRequests(spec.workload, rank, spec.batch), spec.warm_up_steps).run()
+    gc.unfreeze()
     gc.collect()
+    gc.freeze()  # a full collection of what lives for ever would stop the loop for tens of milliseconds
     dist.barrier()
 
 

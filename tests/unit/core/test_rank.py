@@ -107,6 +107,16 @@ def test_the_first_reason_stays() -> None:
     assert run_until(it, DecisionKind.ABORT).reason is AbortReason.INTEGRITY
 
 
+@pytest.mark.parametrize(("step_interval", "start_step"), [(10, 12), (500, 602)])
+def test_an_epoch_starts_when_its_interval_is_over_however_rare_idle_rounds_are(
+    step_interval: int, start_step: int
+) -> None:
+    """Idle rounds come at least every step_interval steps, so that a smaller one is kept."""
+    it = core(lag=2, idle_round_interval=300, step_interval=step_interval)
+    run_until(it, DecisionKind.START, within=1000)
+    assert it.step_idx == start_step
+
+
 def test_back_off_doubles_up_to_its_bound() -> None:
     """Aborts in a row keep the next START away for twice as long each, up to the bound; a success resets that."""
     it = core(lag=1, idle_round_interval=1)
