@@ -26,29 +26,35 @@ class FaultyChannel(GlooVoteChannel):
 
     Attributes:
         before_post: Called with each vote before it goes out.
-        is_broken: Asked before each post and poll; True makes it fail from then on, as a lost group does.
+        is_broken: Asked before each post and poll about the last vote; True makes it fail from then on, as a lost
+            group does.
+        loses: Asked about each tally before this rank sees it; True makes it fail from then on.
     """
 
     def __init__(self, link: RankLink, store: Any) -> None:
         super().__init__(Domain(link.rank, link.world_size), store, 200.0, start_timeout_s=20.0)
         self.before_post: Callable[[Vote], None] = lambda vote: None
-        self.is_broken: Callable[[str, Vote], bool] = lambda where, vote: False
+        self.is_broken: Callable[[Vote], bool] = lambda vote: False
+        self.loses: Callable[[Tally], bool] = lambda tally: False
         self._last: Vote | None = None
         self._is_lost = False
 
     def post(self, vote: Vote) -> None:
         self._last = vote
-        self._fail_if_broken("post")
+        self._fail_if_broken()
         self.before_post(vote)
         super().post(vote)
 
     def poll(self, round_idx: int) -> Tally | None:
-        self._fail_if_broken("poll")
-        return super().poll(round_idx)
+        self._fail_if_broken()
+        tally = super().poll(round_idx)
+        self._is_lost = tally is not None and self.loses(tally)
+        self._fail_if_broken()
+        return tally
 
-    def _fail_if_broken(self, where: str) -> None:
+    def _fail_if_broken(self) -> None:
         assert self._last is not None
-        if self._is_lost or self.is_broken(where, self._last):
+        if self._is_lost or self.is_broken(self._last):
             self._is_lost = True
             raise ChannelError("this test broke the vote group of this rank")
 

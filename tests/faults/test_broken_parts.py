@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ def _broken_group(link: RankLink, where: str) -> tuple[str, str, list[int], list
     """Rank 1's vote group breaks: while idle, or as it promises, or after its promise went out."""
     store = link.store()
     channel = FaultyChannel(link, store)
-    loop = DecodeLoop(link, store=store, lockstep=False, connect={"channel": channel}, **SHORT)
+    writer = FaultyMapWriter(link.world_size)
+    loop = DecodeLoop(link, store=store, lockstep=False, connect={"channel": channel, "map_writer": writer}, **SHORT)
     fsm = loop.fsm
+    fsm.maps = lambda bank=0: writer.maps[bank]  # type: ignore[method-assign]
     if link.rank == 1:
-        channel.is_broken = {
-            "idle": lambda place, vote: vote.round_idx == 4,
-            "post": lambda place, vote: is_staged(vote),
-            "poll": lambda place, vote: is_staged(vote) and place == "poll",
-        }[where]
+        writer.before_prepare = lambda: time.sleep(1.0)  # the others are staged long before this rank
+        if where == "poll":
+            channel.loses = lambda tally: is_staged(tally.smallest)
+        else:
+            channel.is_broken = {"idle": lambda vote: vote.round_idx == 4, "post": is_staged}[where]
     with fsm:
         fsm.arm()
         if where != "idle":
@@ -83,7 +86,7 @@ def _lost_in_the_window(link: RankLink) -> list[Any]:
     loop.run_steps(20)
     link.tell("ready")
     link.listen()
-    channel.is_broken = lambda place, vote: is_staged(vote)
+    channel.is_broken = is_staged
     fsm.request_rebalance()
     try:
         loop.run(lambda: fsm.state is State.STOPPED, max_s=40)
