@@ -15,6 +15,7 @@ from eplb_fsm.engines.reference.launch import launch
 from eplb_fsm.engines.reference.ranks import joined
 from eplb_fsm.errors import ConfigError, RankError
 from tests.engines.light_ranks import die, send_and_return
+from tests.engines.processes import restore_sigint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,6 +90,7 @@ def test_a_launcher_that_dies_takes_its_ranks_along(tmp_path: Path, how: signal.
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.DEVNULL,
+        preexec_fn=restore_sigint,
     )
     notes = [tmp_path / "0.pid", tmp_path / "1.pid"]
     for _ in range(600):

@@ -16,6 +16,7 @@ from eplb_fsm.errors import ChannelError, TransferError
 from eplb_fsm.runtime.channel import GlooVoteChannel
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.maps import TensorMapWriter
+from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.transport import GlooTransport
 from tests.dist.decode import SHAPE
 from tests.dist.harness import RankLink
@@ -81,13 +82,18 @@ KILL_WHEN_STAGED = signal_self_when_staged(signal.SIGKILL)
 
 
 class FaultyTransport(GlooTransport):
-    """A gloo transport that holds, fails, or damages what it sends, while the test wants it to."""
+    """A gloo transport that holds, fails, or damages what it sends, while the test wants it to.
+
+    Attributes:
+        late_s: Seconds by which this rank notices late that an exchange is done; the others have staged by then.
+    """
 
     def __init__(self, link: RankLink, store: Any, timeout_s: float = 20.0) -> None:
         super().__init__(Domain(link.rank, link.world_size), store, timeout_s, start_timeout_s=20.0)
         self.is_held = False
         self.fails = False
         self.damages = False
+        self.late_s = 0.0
 
     def begin(self, sends: Sequence[Any], receives: Sequence[Any], tag: int) -> Any:
         while self.is_held:
@@ -96,7 +102,20 @@ class FaultyTransport(GlooTransport):
             raise TransferError("this test broke the transfer of this rank")
         if self.damages:
             sends = [(peer, _with_one_wrong_byte(buffer)) for peer, buffer in sends]
-        return super().begin(sends, receives, tag)
+        return _Late(super().begin(sends, receives, tag), self.late_s)
+
+
+class _Late:
+    def __init__(self, inner: Pending, late_s: float) -> None:
+        self._inner = inner
+        self._late_s = late_s
+
+    def poll(self) -> bool:
+        return self._inner.poll()
+
+    def wait(self, timeout_s: float) -> None:
+        self._inner.wait(timeout_s)
+        time.sleep(self._late_s)
 
 
 def _with_one_wrong_byte(buffer: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,11 @@ def _broken_group(link: RankLink, where: str) -> tuple[str, str, list[int], list
     """Rank 1's vote group breaks: while idle, or as it promises, or after its promise went out."""
     store = link.store()
     channel = FaultyChannel(link, store)
-    writer = FaultyMapWriter(link.world_size)
-    loop = DecodeLoop(link, store=store, lockstep=False, connect={"channel": channel, "map_writer": writer}, **SHORT)
+    transport = FaultyTransport(link, store)
+    loop = DecodeLoop(link, store=store, lockstep=False, connect={"channel": channel, "transport": transport}, **SHORT)
     fsm = loop.fsm
-    fsm.maps = lambda bank=0: writer.maps[bank]  # type: ignore[method-assign]
     if link.rank == 1:
-        writer.before_prepare = lambda: time.sleep(1.0)  # the others are staged long before this rank
+        transport.late_s = 1.0  # the others have promised long before this rank does
         if where == "poll":
             channel.loses = lambda tally: is_staged(tally.smallest)
         else:
