@@ -9,7 +9,7 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 
-_NICENESS = 10
+_NICENESS = 19
 """The decode loop comes first where cores are few."""
 
 
