@@ -177,6 +177,8 @@ def _give_reason(kind: DecisionKind, reasons: type[AbortReason] | type[StopReaso
 def _find_unequal(tally: Tally) -> Decision | None:
     """Return a STOP when the ranks do not stand at the same place, or serve different maps."""
     largest, smallest = tally
+    if largest == smallest:
+        return None
     transferring = largest.progress >= Progress.STAGING
     words = _EQUAL_WORDS + _EQUAL_WORDS_TRANSFERRING if transferring else _EQUAL_WORDS
     for word in words:

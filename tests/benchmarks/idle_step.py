@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from eplb_fsm import Placement, RebalanceConfig, RebalanceFSM
@@ -21,7 +22,7 @@ from eplb_fsm.runtime.failstop import raise_error
 from tests.benchmarks.ranks import expert_bank, report, run_ranks
 
 _PASS_S = 0.001
-"""A forward pass, in which the votes of an idle round have time to travel."""
+"""A forward pass: matrix products for this long, which leave the caches as cold for a step as a pass does."""
 
 
 class _Empty:
@@ -83,8 +84,11 @@ def _time(call: Callable[[], Any], calls: int) -> float:
 def _time_steps(call: Callable[[], Any], num_steps: int) -> tuple[float, float]:
     """Return mean wall and host CPU nanoseconds of a call that follows a forward pass."""
     wall = cpu = 0
+    weights = torch.randn(1024, 1024)
     for _ in range(num_steps):
-        time.sleep(_PASS_S)
+        end = time.perf_counter() + _PASS_S
+        while time.perf_counter() < end:
+            weights[:8] @ weights
         wall_start, cpu_start = time.perf_counter_ns(), time.thread_time_ns()
         call()
         cpu += time.thread_time_ns() - cpu_start

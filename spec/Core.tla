@@ -1,0 +1,157 @@
+-------------------------------- MODULE Core --------------------------------
+(* What one rank knows of the protocol, as a record, and what changes it: core/rank.py. Operators in
+   snake_case are its methods, of the same names. Nothing here knows of messages, workers, devices or time. *)
+EXTENDS Votes, Sequences
+
+CONSTANTS
+    Setup,               \* a record of all numbers, so that the checks of one setup name it and do not repeat it
+    Successor(_, _, _)   \* the placement after chunk c of plan p is committed to a placement
+
+Lag == Setup.lag                         \* steps between posting and reading a round; 0 is the synchronous mode
+IdleInterval == Setup.idle_interval      \* steps between rounds while idle
+Backoff == Setup.backoff                 \* steps before the next try after an abort
+Deadline == Setup.deadline               \* function from the active states to steps
+DrainDeadline == Setup.drain_deadline    \* steps until an abort that does not drain becomes a stop
+NumChunks == Setup.num_chunks            \* chunks of a plan
+
+NoVote == [round |-> 0]
+NoPlan == "none"
+SkipPlan == "skip"
+Never == 1000000
+
+ActiveStates == {"COLLECTING", "COMPUTING", "AWAITING_CONSENSUS", "TRANSFERRING"}
+States == ActiveStates \cup {"IDLE", "STOPPED"}
+NoOutcome == [epoch |-> 0, kind |-> "none", reason |-> "none", commits |-> 0]
+
+InitialCore(live) ==
+    [state |-> "IDLE", step |-> 0, epoch |-> 0, round |-> 0, posted |-> NoVote, read_due |-> Never,
+     post_due |-> IdleInterval, plan |-> NoPlan, chunk |-> 0, staged |-> 0, abort |-> 0, stop |-> 0,
+     request |-> FALSE, freeze |-> FALSE, frozen |-> FALSE, drained |-> TRUE, earliest |-> 0, entered |-> 0, epoch_start |-> 0,
+     live |-> live, outcome |-> NoOutcome]
+
+Active(c) == c.state \in ActiveStates
+HasPosted(c) == c.posted # NoVote
+InWindow(c) == HasPosted(c) /\ PromisesCommit(c.posted)
+ReadIsDue(c) == HasPosted(c) /\ c.step >= c.read_due
+PostIsDue(c) == ~HasPosted(c) /\ c.step >= c.post_due
+
+Enter(c, state) == [c EXCEPT !.state = state, !.entered = c.step]
+SetAbort(c, reason) == [c EXCEPT !.abort = IF @ = 0 THEN Abort[reason] ELSE @]
+
+(* -- what the engine asks for ----------------------------------------------------------------------------- *)
+
+request_rebalance(c) == [c EXCEPT !.request = TRUE]
+request_freeze(c) == [c EXCEPT !.freeze = TRUE]
+request_unfreeze(c) == [c EXCEPT !.freeze = FALSE]
+request_abort(c) == IF Active(c) THEN SetAbort(c, "REQUESTED") ELSE c
+request_stop(c) == [c EXCEPT !.stop = Stop.CLOSED]
+
+(* -- local: they change nothing but the next vote ------------------------------------------------------------ *)
+
+load_collected(c, epoch) ==
+    IF epoch = c.epoch /\ c.state = "COLLECTING" THEN Enter(c, "COMPUTING") ELSE c
+plan_ready(c, epoch, plan) ==
+    IF epoch = c.epoch /\ c.state = "COMPUTING" THEN Enter([c EXCEPT !.plan = plan], "AWAITING_CONSENSUS") ELSE c
+chunk_staged(c, epoch, chunk) ==
+    IF epoch = c.epoch /\ c.state = "TRANSFERRING" THEN [c EXCEPT !.staged = chunk + 1] ELSE c
+work_failed(c, epoch, reason) == IF epoch = c.epoch /\ Active(c) THEN SetAbort(c, reason) ELSE c
+transport_lost(c) == [c EXCEPT !.stop = Stop.TRANSPORT]
+
+(* -- posting ------------------------------------------------------------------------------------------------ *)
+
+Progress(c) ==
+    CASE ~Active(c) -> IdleVote
+      [] c.state = "TRANSFERRING" -> IF c.staged > c.chunk THEN StagedVote ELSE StagingVote
+      [] c.state = "AWAITING_CONSENSUS" -> IF c.plan = SkipPlan THEN SkipVote ELSE ReadyVote
+      [] OTHER -> BusyVote
+
+VotedPlan(c) == c.plan
+
+MakeVote(c, pass) ==
+    [generation |-> 0, round |-> c.round, step |-> c.step, pass |-> pass, epoch |-> c.epoch, live |-> c.live,
+     progress |-> Progress(c), chunk |-> c.chunk,
+     num_chunks |-> IF c.plan \in {NoPlan, SkipPlan} THEN 0 ELSE NumChunks,
+     plan |-> VotedPlan(c), abort |-> c.abort, stop |-> c.stop, request |-> c.request, drained |-> c.drained,
+     freeze |-> c.freeze, earliest |-> c.earliest]
+
+(* A deadline votes; it never acts. *)
+VoteOnDeadlines(c) ==
+    LET waited == c.step - c.entered
+    IN IF Active(c) /\ waited > Deadline[c.state] THEN SetAbort(c, "DEADLINE_" \o c.state)
+       ELSE IF ~Active(c) /\ ~c.drained /\ waited > DrainDeadline THEN [c EXCEPT !.stop = Stop.TRANSPORT]
+       ELSE c
+
+post_vote(c, pass, drained) ==
+    LET due == VoteOnDeadlines([c EXCEPT !.drained = drained])
+        counted == [due EXCEPT !.round = @ + 1]
+    IN [counted EXCEPT !.posted = MakeVote(counted, pass), !.read_due = c.step + Lag]
+
+(* -- what a decision does ------------------------------------------------------------------------------------ *)
+
+EndEpoch(c, state, kind, reason) ==
+    Enter([c EXCEPT !.outcome = [epoch |-> c.epoch, kind |-> kind, reason |-> reason, commits |-> c.chunk],
+                    !.plan = NoPlan, !.chunk = 0, !.staged = 0, !.abort = 0], state)
+
+Halt(c, reason) ==
+    LET quiet == [c EXCEPT !.post_due = Never, !.read_due = Never, !.posted = NoVote]
+    IN IF Active(c) THEN EndEpoch(quiet, "STOPPED", "FAILED", reason) ELSE Enter(quiet, "STOPPED")
+
+StartEpoch(c) ==
+    Enter([c EXCEPT !.epoch = @ + 1, !.epoch_start = c.step, !.chunk = 0, !.staged = 0, !.plan = NoPlan, !.abort = 0,
+                    !.request = FALSE], "COLLECTING")
+
+CommitChunk(c) ==
+    LET next == [c EXCEPT !.chunk = @ + 1, !.live = Successor(@, c.plan, c.chunk)]
+    IN IF next.chunk = NumChunks THEN EndEpoch(next, "IDLE", "COMMITTED", "none") ELSE next
+
+AbortEpoch(c, reason) ==
+    EndEpoch([c EXCEPT !.earliest = c.step + Backoff, !.request = TRUE], "IDLE", "ABORTED", reason)
+
+Apply(c, decision) ==
+    LET idle == IF Active(c) THEN c ELSE [c EXCEPT !.frozen = (decision.kind = "FREEZE")]
+    IN CASE decision.kind = "STOP" -> Halt(c, decision.reason)
+         [] decision.kind = "START" -> StartEpoch(idle)
+         [] decision.kind = "SKIP" -> EndEpoch(c, "IDLE", "SKIPPED", "none")
+         [] decision.kind = "BEGIN" -> Enter(c, "TRANSFERRING")
+         [] decision.kind = "COMMIT" -> CommitChunk(c)
+         [] decision.kind = "ABORT" -> AbortEpoch(c, decision.reason)
+         [] OTHER -> idle
+
+(* While active the next round follows at once, while idle at the next multiple of the interval. *)
+ScheduleNext(c, posted_step) ==
+    LET last == IF posted_step > c.step - 1 THEN posted_step ELSE c.step - 1
+    IN CASE c.state = "STOPPED" -> c
+         [] Active(c) -> [c EXCEPT !.post_due = c.step]
+         [] OTHER -> [c EXCEPT !.post_due = ((last \div IdleInterval) + 1) * IdleInterval]
+
+read_round(c, decision) ==
+    ScheduleNext(Apply([c EXCEPT !.posted = NoVote, !.read_due = Never], decision), c.posted.step)
+
+(* -- leaving alone ------------------------------------------------------------------------------------------ *)
+
+(* A last vote, which says STOP and which this rank does not read; after_last_vote is its core from then on. *)
+Leaving(c, reason) == [c EXCEPT !.stop = Stop[reason], !.round = @ + 1]
+last_vote(c, reason) == MakeVote(Leaving(c, reason), 0)
+after_last_vote(c, reason) == Halt(Leaving(c, reason), reason)
+
+resolve_round(c, committed, reason) ==
+    LET known == [c EXCEPT !.posted = NoVote, !.read_due = Never, !.stop = Stop[reason]]
+    IN IF committed THEN CommitChunk(known) ELSE AbortEpoch(known, "UNRESOLVED_VOTE")
+
+(* -- resolving a lost decision: core/resolution.py -------------------------------------------------------------- *)
+
+(* posted and staged: its last vote; read and read_commit: the last decision it read; gave_up: the round whose
+   decision it will never read; stopped_from: from this round on it votes nothing but STOP. *)
+EmptyJournal == [posted |-> 0, staged |-> FALSE, read |-> 0, read_commit |-> FALSE, gave_up |-> 0,
+                 stopped_from |-> Never]
+
+DidNotVoteStaged(journal, round) ==
+    journal.stopped_from <= round \/ (journal.posted = round /\ ~journal.staged)
+
+(* "COMMIT", "ABORT", or "open" while a rank that may have read the decision has said nothing. *)
+resolve(journals, round) ==
+    IF \E j \in journals : j.read = round
+    THEN IF \E j \in journals : j.read = round /\ j.read_commit THEN "COMMIT" ELSE "ABORT"
+    ELSE IF (\E j \in journals : DidNotVoteStaged(j, round)) \/ (\A j \in journals : j.gave_up = round) THEN "ABORT"
+    ELSE "open"
+=============================================================================
