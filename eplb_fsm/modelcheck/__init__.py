@@ -1,0 +1,1 @@
+"""Runs TLC on the specification in `spec/`, and reads what it says."""
