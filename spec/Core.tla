@@ -134,6 +134,12 @@ Leaving(c, reason) == [c EXCEPT !.stop = Stop[reason], !.round = @ + 1]
 last_vote(c, reason) == MakeVote(Leaving(c, reason), 0)
 after_last_vote(c, reason) == Halt(Leaving(c, reason), reason)
 
+(* A commit that was decided and could not be made: what commit_failed takes back before its last vote. *)
+without_commit(c, live) ==
+    LET undone == [c EXCEPT !.live = live]
+    IN IF Active(c) THEN [undone EXCEPT !.chunk = @ - 1]
+       ELSE [undone EXCEPT !.outcome = [@ EXCEPT !.kind = "FAILED", !.reason = "COMMIT_FAILED", !.commits = @ - 1]]
+
 resolve_round(c, committed, reason) ==
     LET known == [c EXCEPT !.posted = NoVote, !.read_due = Never, !.stop = Stop[reason]]
     IN IF committed THEN CommitChunk(known) ELSE AbortEpoch(known, "UNRESOLVED_VOTE")
