@@ -47,6 +47,7 @@ class RebalanceFSM:
         self._driver = Driver(parts)
         self._core = self._driver.core
         self._step_idx = 0
+        self._pass_before: int | None = None
         self._next_due = NEVER
         self._is_armed = False
         self._is_in_step = False
@@ -142,6 +143,7 @@ class RebalanceFSM:
         self._is_armed = True
         self._parts.is_suspended = False
         self._step_idx = 0
+        self._pass_before = None
         self._next_due = self._core.next_due
 
     def record(self, layer: int, topk_ids: torch.Tensor, valid: torch.Tensor | None = None, bank: int = 0) -> None:
@@ -162,13 +164,14 @@ class RebalanceFSM:
         (at most ``resolve_timeout_s``); in sync mode for the whole rebalance.
 
         Args:
-            pass_id: The engine's number of the pass, where it has one that all ranks share.
+            pass_id: The engine's number of the pass, where it has one that all ranks share and that grows by one with
+                every pass: it is the clock then. A pass that was counted before counts for nothing.
 
         Raises:
             ConsensusTimeout: Only through a ``fail_stop`` that raises: this rank must not run another forward pass.
             FailStop: Likewise.
         """
-        step_idx = self._step_idx + 1
+        step_idx = self._step_idx + 1 if pass_id is None else self._step_of(pass_id)
         self._step_idx = step_idx
         if step_idx >= self._next_due:
             self._is_in_step = True
@@ -183,7 +186,7 @@ class RebalanceFSM:
             now: Seconds of the caller's clock.
         """
         if not self._is_in_step:
-            self._step_idx += 1
+            self._step_idx = self._step_idx + 1 if pass_id is None else self._step_of(pass_id)
             if self._step_idx < self._next_due:
                 return None
             self._is_in_step = True
@@ -192,6 +195,12 @@ class RebalanceFSM:
             self._is_in_step = False
             self._next_due = self._driver.next_due
         return wait
+
+    def _step_of(self, pass_id: int) -> int:
+        """Return the step of a pass: never behind the last one, and further than the next where a call was left out."""
+        if self._pass_before is None:
+            self._pass_before = pass_id - self._step_idx - 1
+        return max(pass_id - self._pass_before, self._step_idx)
 
     # -- requests -------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from eplb_fsm.core.rank import Outcome, RankCore
 from eplb_fsm.core.reasons import AbortReason, StopReason
 from eplb_fsm.core.states import State
 from eplb_fsm.core.votes import Decision, DecisionKind, Tally
-from eplb_fsm.errors import ConsensusTimeout, EplbError, FailStop
+from eplb_fsm.errors import ConsensusTimeout, EplbError, FailStop, UsageError
 from eplb_fsm.observe.events import Event, Observers
 from eplb_fsm.runtime import worker as messages
 from eplb_fsm.runtime.parts import Parts
@@ -49,6 +49,8 @@ class Driver:
         self._last_rotate_step = 0
         self._late_mark = (0, 0)
         self._fatal: EplbError | None = None
+        self._is_overdue = False
+        """The round just read was due at an earlier step: the engine's pass numbers have skipped one."""
         self.outcomes: list[Outcome] = []
         self.num_outcomes = {"COMMITTED": 0, "SKIPPED": 0, "ABORTED": 0, "FAILED": 0}
 
@@ -127,6 +129,7 @@ class Driver:
         return None
 
     def _decide(self, round_idx: int, tally: Tally) -> None:
+        self._is_overdue = self.core.step_idx > self.core.read_due
         decision = self.core.read_round(tally)
         self._rounds.note_decision(round_idx, committed=decision.kind is DecisionKind.COMMIT)
         if self.core.state is State.STOPPED:
@@ -153,6 +156,8 @@ class Driver:
     def _commit(self) -> None:
         """Make the chunk live. It was promised; if it cannot be done, no forward pass may follow."""
         try:
+            if self._is_overdue:
+                raise UsageError("the engine left out the step() of the pass at which it was due")
             self._runner.commit()
         except Exception as error:
             detail = f"a promised commit failed: {error}"
