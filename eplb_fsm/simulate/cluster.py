@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from enum import IntEnum
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -29,8 +30,26 @@ from eplb_fsm.simulate.engine import Shape, SimulatedEngine, WrongForwardError
 from eplb_fsm.simulate.faults import Faults, FaultyMapWriter, FaultyPlanner, FaultyTransport
 
 _ACTION_SECONDS = 1e-5
-_MAX_VAIN_POLLS = 100
-"""Polls in a row of one waiting rank, after which only time can help."""
+
+
+class Action(IntEnum):
+    """What the scheduler can let a rank do."""
+
+    STEP = 0
+    """Its forward pass and its ``step()``, as far as they get."""
+    WORK = 1
+    """Its worker goes on to its next wait."""
+    DEVICE = 2
+    """Its device executes one operation."""
+    MARK = 3
+    """Its watchdog shows its mark."""
+
+
+class Choice(NamedTuple):
+    """One decision of the scheduler."""
+
+    rank: int
+    action: Action
 
 
 class FailStopError(Exception):
@@ -100,6 +119,7 @@ class SimulatedCluster:
     Attributes:
         worker_share: Share of actions that go to a worker, if it can go on.
         device_share: Share of actions that go to a device, if it has anything to execute.
+        max_vain_polls: Polls in a row of one waiting rank, after which only time can help.
         mark_share: Share of actions that show a rank's mark, as its watchdog would.
         torn: A forward pass of each of two ranks that used different maps, for every pass where that happened.
     """
@@ -126,6 +146,7 @@ class SimulatedCluster:
         self.worker_share = 0.4
         self.device_share = 0.2
         self.mark_share = 0.02
+        self.max_vain_polls = 100
         self.torn: list[tuple[Forward, Forward]] = []
         self._used_maps: dict[int, list[Forward]] = {}
         self._is_lockstep = is_lockstep
@@ -212,41 +233,63 @@ class SimulatedCluster:
 
     def act(self) -> None:
         """Let one randomly chosen rank take one randomly chosen action."""
-        rank = self.living[int(self.random.random() * len(self.living))]
+        self.take(self.choose())
+
+    def choose(self) -> Choice:
+        """Choose a living rank and an action, both at random."""
+        rank = self.living[int(self.random.random() * len(self.living))].rank
         choice = self.random.random()
         if choice < self.worker_share:
-            if not rank.faults.is_worker_stuck and rank.worker.advance():
-                return
-        elif choice < self.worker_share + self.device_share and self._execute_one(rank):
-            return
-        if choice > 1 - self.mark_share:
+            return Choice(rank, Action.WORK)
+        if choice < self.worker_share + self.device_share:
+            return Choice(rank, Action.DEVICE)
+        return Choice(rank, Action.MARK if choice > 1 - self.mark_share else Action.STEP)
+
+    def take(self, choice: Choice) -> Action | None:
+        """Let a living rank take an action; where its worker or device has nothing to do, it makes a step instead.
+
+        Returns:
+            What it did; None where it could only wait.
+        """
+        rank, action = self.ranks[choice.rank], choice.action
+        if action is Action.WORK and not rank.faults.is_worker_stuck and rank.worker.advance():
+            return action
+        if action is Action.DEVICE and self._execute_one(rank):
+            return action
+        if action is Action.MARK:
             self.show_mark(rank)
-        else:
-            self.step(rank)
+            return action
+        return Action.STEP if self.step(rank) else None
 
     def at(self, rank: int, step_idx: int, happens: Callable[[SimulatedRank], None]) -> None:
         """Let something happen to one rank just before the forward pass of one of its steps."""
         self.ranks[rank].plans.setdefault(step_idx, []).append(happens)
 
-    def step(self, rank: SimulatedRank) -> None:
-        """Let one rank try to make a step: run its forward pass, then ``step()``, as far as it gets."""
+    def step(self, rank: SimulatedRank) -> bool:
+        """Let one rank try to make a step: run its forward pass, then ``step()``, as far as it gets.
+
+        Returns:
+            False if it could only wait.
+        """
         self.clock.advance(_ACTION_SECONDS)
-        if not rank.is_waiting:
+        was_waiting = rank.is_waiting
+        if not was_waiting:
             if not self._may_pass(rank):
-                return
+                return False
             for happens in rank.plans.pop(rank.fsm.step_idx + 1, ()):
                 happens(rank)
             if rank.is_alive:
                 self._forward(rank)
             if not rank.is_alive:
-                return
+                return True
         if rank.skipped_steps and not rank.is_waiting:
             rank.skipped_steps -= 1
-            return
+            return True
         self._poll(rank)
         if rank.doubled_steps and not rank.is_waiting:
             rank.doubled_steps -= 1
             self._poll(rank)
+        return not (was_waiting and rank.is_waiting)
 
     def _poll(self, rank: SimulatedRank) -> None:
         pass_id = rank.num_passes if self._has_pass_ids else None
@@ -256,7 +299,7 @@ class SimulatedCluster:
             self._fail(rank, stop.error)
             return
         rank.num_vain_polls = rank.num_vain_polls + 1 if rank.is_waiting else 0
-        if rank.num_vain_polls > _MAX_VAIN_POLLS:
+        if rank.num_vain_polls > self.max_vain_polls:
             rank.num_vain_polls = 0
             self.clock.advance(self.config.vote_timeout_s / 3)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from eplb_fsm.core.reasons import AbortReason
-from eplb_fsm.errors import TransferError
+from eplb_fsm.errors import TransferError, TransportLost
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
 from eplb_fsm.runtime.maps import MapWriter
@@ -27,6 +27,8 @@ class Faults:
         policy_error: The policy raises this, if not empty.
         load_change: Added to the first expert's load before this rank plans, so that its plan differs.
         failing: Operations of the transport that raise: ``"begin"``, ``"all_reduce_sum"``, ``"broadcast"``.
+        is_transport_lost: They raise that the whole transfer group is gone.
+        is_planner_stuck: The policy has not returned yet.
         damages_parcels: One byte of every received parcel is flipped.
         map_error: Operations of the map writer that raise: ``"prepare"``, ``"write"``.
     """
@@ -35,6 +37,8 @@ class Faults:
     policy_error: str = ""
     load_change: int = 0
     failing: list[str] = field(default_factory=list)
+    is_transport_lost: bool = False
+    is_planner_stuck: bool = False
     damages_parcels: bool = False
     map_error: list[str] = field(default_factory=list)
 
@@ -63,8 +67,11 @@ class FaultyTransport(InMemoryTransport):
         return super().broadcast(tensor, root)
 
     def _check(self, operation: str) -> None:
-        if operation in self._faults.failing:
-            raise TransferError(f"the simulated transport fails in {operation}")
+        if operation not in self._faults.failing:
+            return
+        if self._faults.is_transport_lost:
+            raise TransportLost(f"the simulated transfer group is gone in {operation}")
+        raise TransferError(f"the simulated transport fails in {operation}")
 
 
 class _Damaging:
@@ -83,8 +90,21 @@ class _Damaging:
         self._inner.wait(timeout_s)
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """Done as soon as the policy returns, which a fault can put off for ever."""
+
+    faults: Faults
+
+    def poll(self) -> bool:
+        return not self.faults.is_planner_stuck
+
+    def wait(self, timeout_s: float) -> None:
+        """Return at once: the scheduler decides when the policy returns."""
+
+
 class FaultyPlanner(InlinePlanner):
-    """A planner on the worker's own thread that fails when told to."""
+    """A planner on the worker's own thread that fails, or does not return, when told to."""
 
     def __init__(self, task: PlanTask, faults: Faults) -> None:
         super().__init__(task)
@@ -95,7 +115,8 @@ class FaultyPlanner(InlinePlanner):
         if self._faults.load_change:
             loads = [load.copy() for load in loads]
             loads[0][:, 0] += self._faults.load_change
-        return super().submit(loads, current)
+        super().submit(loads, current)
+        return _Planned(self._faults)
 
     def result(self) -> EncodedPlan:
         """Return the plan, or raise."""
