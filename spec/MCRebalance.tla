@@ -5,11 +5,15 @@ EXTENDS Rebalance
 VARIABLES
     used,      \* the map of each forward pass that some rank has still to execute
     commits,   \* every chunk committed by some rank: where, when and of which plan
-    aborts     \* every epoch aborted by some rank, and in which round
+    aborts,    \* every epoch aborted by some rank, and in which round
+    schedule,  \* every chunk committed, in order: the map, and the first pass that uses it
+    seen       \* the map of the last pass that each device has executed, with the rows that it found
 
-history == <<used, commits, aborts>>
+history == <<used, commits, aborts, schedule, seen>>
 
-HistoryInit == used = {} /\ commits = {} /\ aborts = {}
+HistoryInit ==
+    /\ used = {} /\ commits = {} /\ aborts = {} /\ schedule = <<>>
+    /\ seen = [r \in Ranks |-> InitialPlacement]
 
 NewlyUsed ==
     {[pass |-> device'[r].passes, map |-> device'[r].map] :
@@ -24,7 +28,21 @@ NewAborts ==
 
 StillToCompare(use) == \E r \in Ranks : up'[r] = "up" /\ device'[r].passes < use.pass
 
+(* Whoever reads a COMMIT first decides for all from which pass on the map holds. *)
+FirstCommits ==
+    {r \in Ranks : enqueued'[r] > enqueued[r] /\
+        ~\E commit \in commits : commit.epoch = core[r].epoch /\ commit.chunk = core[r].chunk}
+NewSchedule ==
+    IF FirstCommits = {} \/ ~Setup.refines THEN schedule
+    ELSE LET r == CHOOSE rank \in FirstCommits : TRUE
+         IN Append(schedule, [from |-> pass[r] + 1, map |-> core'[r].live])
+NewlySeen(r) ==
+    [slot \in Slots |-> IF slot \in Own(r) THEN device'[r].rows[slot] ELSE device'[r].map[slot]]
+
 HistoryNext ==
+    /\ schedule' = NewSchedule
+    /\ seen' = [r \in Ranks |-> IF Setup.refines /\ device'[r].passes > device[r].passes THEN NewlySeen(r)
+                           ELSE seen[r]]
     /\ used' = {use \in used \cup NewlyUsed : StillToCompare(use)}
     /\ commits' = commits \cup NewCommits
     /\ aborts' = aborts \cup NewAborts
@@ -86,7 +104,10 @@ CommitCannotFail ==
         /\ core[r].chunk = core[r].posted.chunk
 
 NoCommitAfterAbort ==
-    \A commit \in commits : \A abort \in aborts : commit.epoch = abort.epoch => commit.round < abort.round
+    \A commit \in commits :
+        /\ \A abort \in aborts : commit.epoch = abort.epoch => commit.round < abort.round
+        /\ \A r \in Ranks : \A i \in DOMAIN cast[r] : cast[r][i].round = commit.round =>
+              cast[r][i].abort = 0 /\ cast[r][i].stop = 0
 
 StoppedHarmless ==
     [][\A r \in Ranks : core[r].state = "STOPPED" =>
@@ -107,6 +128,17 @@ NoSilentStop ==
 
 FrozenIsQuiet == \A r, other \in Ranks : core[r].frozen /\ ~Active(core[other]) => jobs[r] = <<>>
 
+(* -- refinement ------------------------------------------------------------------------------------------------ *)
+
+AtomicPhase ==
+    IF \A r \in Ranks : core[r].state = "STOPPED" THEN "stopped"
+    ELSE IF \E r \in Ranks : core[r].state = "TRANSFERRING" THEN "moving" ELSE "serving"
+
+Atomic == INSTANCE AtomicRebalance
+    WITH made <- [r \in Ranks |-> device[r].passes], used <- seen, schedule <- schedule, phase <- AtomicPhase,
+         InitialMap <- InitialPlacement, MaxPasses <- 0, MaxCommits <- 0
+RefinesAtomic == Atomic!Spec
+
 (* -- reachability: each of these, negated, must fail --------------------------------------------------------------- *)
 
 ForwardAfterLastCommit ==
@@ -118,7 +150,35 @@ CommitAfterAbort == \E commit \in commits : \E abort \in aborts : commit.epoch =
 
 NeverForwardAfterLastCommit == ~ForwardAfterLastCommit
 NeverCommitAfterAbort == ~CommitAfterAbort
+NeverBoth == ~(ForwardAfterLastCommit /\ CommitAfterAbort)
 NeverLateWait == \A r \in Ranks : ~(IsUp(r) /\ ReadIsDue(core[r]) /\ ~AllHaveVoted(core[r].posted.round))
+Ended(kind, reason) ==
+    \E r \in Ranks : core[r].outcome.kind = kind /\ core[r].outcome.reason = reason /\ device[r].passes > core[r].entered
+Halted(reason) == \E r \in Ranks : IsUp(r) /\ core[r].state = "STOPPED" /\ core[r].stop = Stop[reason]
+
+NeverSkipped == ~Ended("SKIPPED", "none")
+NeverPlanMismatch == ~Ended("ABORTED", "PLAN_MISMATCH")
+NeverLoadError == ~Ended("ABORTED", "LOAD_ERROR")
+NeverPolicyError == ~Ended("ABORTED", "POLICY_ERROR")
+NeverTransferError == ~Ended("ABORTED", "TRANSFER_ERROR")
+NeverWorkerDied == ~Ended("ABORTED", "WORKER_DIED")
+NeverIntegrity == ~Ended("ABORTED", "INTEGRITY")
+NeverDeadlineCollecting == ~Ended("ABORTED", "DEADLINE_COLLECTING")
+NeverDeadlineComputing == ~Ended("ABORTED", "DEADLINE_COMPUTING")
+NeverDeadlineAwaitingConsensus == ~Ended("ABORTED", "DEADLINE_AWAITING_CONSENSUS")
+NeverDeadlineTransferring == ~Ended("ABORTED", "DEADLINE_TRANSFERRING")
+NeverFrozen == ~Ended("ABORTED", "FROZEN")
+NeverRequested == ~Ended("ABORTED", "REQUESTED")
+NeverUnresolvedVote == \A r \in Ranks : core[r].outcome.reason # "UNRESOLVED_VOTE"
+NeverClosed == ~Halted("CLOSED")
+NeverTimeout == ~Halted("TIMEOUT")
+NeverTransport == ~Halted("TRANSPORT")
+NeverDesync == \A r \in Ranks : core[r].outcome.reason # "DESYNC"
+NeverCommitFailed == \A r \in Ranks : core[r].outcome.reason # "COMMIT_FAILED"
+NeverFrozenState == \A r \in Ranks : ~core[r].frozen
+NeverFailStop == \A r \in Ranks : up[r] # "failed"
+(* An abort whose transfers do not end becomes a stop. *)
+NeverDrained == ~\E r \in Ranks : core[r].state = "STOPPED" /\ core[r].stop = Stop.TRANSPORT
 NeverResolvedCommit == \A r \in Ranks : ~(window[r] = "resolved" /\ journal[r].read_commit)
 
 (* -- setups of the checks ------------------------------------------------------------------------------------------ *)
@@ -130,5 +190,42 @@ Plain ==
     [lag |-> 1, idle_interval |-> 2, backoff |-> 1,
      deadline |-> [COLLECTING |-> 2, COMPUTING |-> 2, AWAITING_CONSENSUS |-> 3, TRANSFERRING |-> 5], drain_deadline |-> 3,
      num_chunks |-> 2, num_ranks |-> 2, is_lockstep |-> TRUE, has_pass_ids |-> FALSE, num_buffers |-> 2, max_ahead |-> 0,
-     asking |-> {0}, plans |-> {"a"}, is_dependent |-> FALSE, faults |-> NoFaults, max_steps |-> 12, max_epochs |-> 1]
+     asking |-> {0}, plans |-> {"a"}, is_dependent |-> FALSE, faults |-> NoFaults, max_steps |-> 10, max_epochs |-> 1, refines |-> FALSE]
+
+One == [Plain EXCEPT !.num_chunks = 1, !.max_steps = 7]
+Twice == [Plain EXCEPT !.num_chunks = 1, !.max_steps = 11, !.max_epochs = 2]
+
+OneFree == [One EXCEPT !.is_lockstep = FALSE]
+Free == [Plain EXCEPT !.is_lockstep = FALSE]
+Lag2 == [Plain EXCEPT !.lag = 2, !.max_steps = 18]
+Sync == [Plain EXCEPT !.lag = 0, !.max_steps = 4]
+Behind == [Plain EXCEPT !.max_ahead = 1, !.is_dependent = TRUE]
+OneBuffer == [Plain EXCEPT !.max_ahead = 1, !.num_buffers = 1]
+Failing == [Twice EXCEPT !.faults = [NoFaults EXCEPT !["work"] = 1]]
+Mismatch == [Twice EXCEPT !.plans = {"a", "b", "skip"}, !.faults = [NoFaults EXCEPT !["plan"] = 1]]
+Damaging == [Twice EXCEPT !.faults = [NoFaults EXCEPT !["damage"] = 1]]
+Dying == [Twice EXCEPT !.faults = [NoFaults EXCEPT !["worker"] = 1]]
+Late == [One EXCEPT !.faults = [NoFaults EXCEPT !["timeout"] = 2]]
+LateFree == [Late EXCEPT !.is_lockstep = FALSE]
+Crashing == [One EXCEPT !.faults = [NoFaults EXCEPT !["timeout"] = 1, !["crash"] = 1]]
+CrashingFree == [Crashing EXCEPT !.is_lockstep = FALSE]
+Breaking == [One EXCEPT !.faults = [NoFaults EXCEPT !["transport"] = 1, !["commit"] = 1]]
+ClosingFree == [One EXCEPT !.is_lockstep = FALSE, !.faults = [NoFaults EXCEPT !["close"] = 1, !["timeout"] = 1]]
+Freezing == [One EXCEPT !.faults = [NoFaults EXCEPT !["freeze"] = 1, !["unfreeze"] = 1], !.max_steps = 11, !.max_epochs = 2]
+Asked == [One EXCEPT !.faults = [NoFaults EXCEPT !["abort"] = 1, !["stop"] = 1]]
+Doubling == [One EXCEPT !.has_pass_ids = TRUE, !.faults = [NoFaults EXCEPT !["double"] = 2]]
+DoublingUnseen == [Doubling EXCEPT !.has_pass_ids = FALSE]
+Skipping == [One EXCEPT !.has_pass_ids = TRUE, !.faults = [NoFaults EXCEPT !["skip"] = 1]]
+Refined(setup) == [setup EXCEPT !.refines = TRUE]
+RefinedOne == Refined(One)
+RefinedFree == Refined(OneFree)
+RefinedLate == Refined(Late)
+RefinedFailing == Refined(Failing)
+RefinedDamaging == Refined(Damaging)
+RefinedBehind == Refined([One EXCEPT !.max_ahead = 1])
+RefinedDependent == Refined(Behind)
+RefinedMismatch == Refined(Mismatch)
+RefinedDoubling == Refined(DoublingUnseen)
+Hanging == [One EXCEPT !.deadline = [COLLECTING |-> 1, COMPUTING |-> 1, AWAITING_CONSENSUS |-> 1, TRANSFERRING |-> 2],
+                       !.max_steps = 16]
 =============================================================================

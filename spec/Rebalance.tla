@@ -54,7 +54,7 @@ VARIABLES
     core,      \* what each rank knows of the protocol
     pass,      \* forward passes that each rank has enqueued
     up,        \* "up", "left" (closed: it serves no more), "crashed", or "failed" (fail-stop)
-    cast,      \* the last two votes of each rank, the newest first
+    cast,      \* the last three votes of each rank, the newest first: others may be as far behind
     window,    \* "no", "resolving" (it gave up reading a decision that it had voted staged for), "resolved"
     journal,   \* what each rank knows of its rounds ...
     board,     \* ... and what of that the others can see
@@ -77,7 +77,7 @@ Init ==
     /\ core = [r \in Ranks |-> [InitialCore(InitialPlacement) EXCEPT !.request = (r \in Asking)]]
     /\ pass = [r \in Ranks |-> 0]
     /\ up = [r \in Ranks |-> "up"]
-    /\ cast = [r \in Ranks |-> <<NoVote, NoVote>>]
+    /\ cast = [r \in Ranks |-> <<NoVote, NoVote, NoVote>>]
     /\ window = [r \in Ranks |-> "no"]
     /\ journal = [r \in Ranks |-> EmptyJournal]
     /\ board = [r \in Ranks |-> EmptyJournal]
@@ -134,7 +134,7 @@ Forward(r) ==
     /\ MayPass(r)
     /\ NothingDue(r)
     /\ pass' = [pass EXCEPT ![r] = @ + 1]
-    /\ core' = [core EXCEPT ![r].step = @ + 1]
+    /\ core' = [core EXCEPT ![r].step = IF HasPassIds THEN pass[r] + 1 ELSE @ + 1]
     /\ Enqueue(r, [kind |-> "forward"])
     /\ UNCHANGED <<up, cast, window, journal, board, jobs, worker, wire, buffers, begun, enqueued, budget>>
 
@@ -148,13 +148,14 @@ SkipStep(r) ==
     /\ Enqueue(r, [kind |-> "forward"])
     /\ UNCHANGED <<core, up, cast, window, journal, board, jobs, worker, wire, buffers, begun, enqueued>>
 
-(* The engine calls step() twice after one forward pass. *)
+(* The engine calls step() twice after one forward pass. Where it says which pass that was, the second call counts for
+   nothing. *)
 DoubleStep(r) ==
     /\ IsUp(r)
     /\ NothingDue(r)
     /\ May("double")
     /\ Spend("double")
-    /\ core' = [core EXCEPT ![r].step = @ + 1]
+    /\ core' = [core EXCEPT ![r].step = IF HasPassIds THEN pass[r] ELSE @ + 1]
     /\ UNCHANGED <<pass, up, cast, window, journal, board, jobs, worker, wire, buffers, begun, enqueued, queue,
                    device>>
 
@@ -177,10 +178,12 @@ AskStop(r) == Ask(r, "stop", request_stop(core[r]))
 
 (* -- rounds ------------------------------------------------------------------------------------------------- *)
 
-CastVote(r, vote) == cast' = [cast EXCEPT ![r] = <<vote, @[1]>>]
-VotesOf(round) == {vote \in UNION {{cast[r][1], cast[r][2]} : r \in Ranks} : vote.round = round}
-HasVoted(r, round) == \E i \in 1 .. 2 : cast[r][i].round = round
-Tally(round) == {(CHOOSE vote \in {cast[r][1], cast[r][2]} : vote.round = round) : r \in Ranks}
+(* A vote that all have read is forgotten. *)
+Kept(vote) == IF \E r \in Ranks : journal[r].read < vote.round THEN vote ELSE NoVote
+CastVote(r, vote) == cast' = [cast EXCEPT ![r] = <<vote, Kept(@[1]), Kept(@[2])>>]
+HasVoted(r, round) == \E i \in DOMAIN cast[r] : cast[r][i].round = round
+VoteOf(r, round) == cast[r][CHOOSE i \in DOMAIN cast[r] : cast[r][i].round = round]
+Tally(round) == {VoteOf(r, round) : r \in Ranks}
 
 (* A rank that leaves alone posts one last vote, which says STOP, so that the others follow when they read it. Its
    journal says of which rounds on it votes nothing else, unless it is still in the window: there its last word is
@@ -199,6 +202,7 @@ PostVote(r) ==
     /\ core[r].state # "STOPPED"
     /\ window[r] = "no"
     /\ PostIsDue(core[r])
+    /\ Lag = 0 => jobs[r] = <<>>  \* in the synchronous mode the work is done inside the step
     /\ LET c == post_vote(core[r], PassId(r), IsDrained(r))
        IN /\ core' = [core EXCEPT ![r] = c]
           /\ CastVote(r, c.posted)
