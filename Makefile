@@ -73,7 +73,7 @@ $(VENV)/.ready-run: pyproject.toml tools/install_torch.py | $(BIN)/python
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-run
-	$(PIP) -e '.[engine,cli,test,dev]'
+	$(PIP) -e '.[engine,cli,spec,test,dev]'
 	@touch $@
 
 $(VENV)/.ready-docs: $(VENV)/.ready-run

@@ -1,4 +1,4 @@
-"""The command line: `eplb-fsm demo` and `eplb-fsm decode`.
+"""The command line: `eplb-fsm demo`, `eplb-fsm decode` and `eplb-fsm spec`.
 
 Exit status: 0 all went as promised; 1 a promise was broken (runs differ, an epoch failed, nothing was committed, a
 rank was lost); 2 wrong usage or a configuration that cannot work; 130 interrupted.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eplb_fsm.config import ENV_PREFIX, RebalanceConfig
 from eplb_fsm.errors import ConfigError, EplbError
+from eplb_fsm.modelcheck.command import add_spec_command, run_spec
 
 if TYPE_CHECKING:
     from eplb_fsm.engines.demo.progress import Screen
@@ -78,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--enable-eplb-rebalance-async", action="store_true", help="rebalance in the background; without it: sync"
     )
+    add_spec_command(commands, _Parser)
     return parser
 
 
@@ -274,10 +276,12 @@ class Failure(NamedTuple):
 
 def _run(args: argparse.Namespace, tamper: Tamper | None) -> int | Failure:
     try:
+        if args.command == "spec":
+            return run_spec(args, os.environ)
         _check_files(args)
         return _demo(args, tamper) if args.command == "demo" else _decode(args)
     except KeyboardInterrupt:
-        return Failure(INTERRUPTED, "interrupted; all ranks are ended")
+        return Failure(INTERRUPTED, "interrupted; all processes are ended")
     except EplbError as error:
         return Failure(WRONG_USAGE if isinstance(error, ValueError) else BROKEN_PROMISE, str(error))
     except ModuleNotFoundError as error:

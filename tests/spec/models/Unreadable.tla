@@ -1,0 +1,5 @@
+---- MODULE Unreadable ----
+EXTENDS Naturals
+VARIABLE count
+Init == count = = 0
+====
