@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from eplb_fsm.config import ENV_PREFIX, RebalanceConfig
 from eplb_fsm.errors import ConfigError, EplbError
 from eplb_fsm.modelcheck.command import add_spec_command, run_spec
+from eplb_fsm.simulate.arguments import add_arguments as add_simulate_arguments
 
 if TYPE_CHECKING:
     from eplb_fsm.engines.demo.progress import Screen
@@ -80,6 +82,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--enable-eplb-rebalance-async", action="store_true", help="rebalance in the background; without it: sync"
     )
     add_spec_command(commands, _Parser)
+    simulate = commands.add_parser(
+        "simulate",
+        help="explore seeded interleavings of ranks, workers and faults",
+        description="Run the state machines of all ranks in one process under a seeded schedule with faults, once for "
+        "each seed, and check every invariant.",
+    )
+    add_simulate_arguments(simulate)
     return parser
 
 
@@ -267,6 +276,20 @@ def _decode(args: argparse.Namespace) -> int:
     return BROKEN_PROMISE if report["problems"] else OK
 
 
+def _simulate(args: argparse.Namespace) -> int:
+    from multiprocessing import get_context
+
+    from eplb_fsm.simulate.command import run_command
+
+    num_processes = 1 if args.verbose else args.jobs or os.cpu_count() or 1
+    # A fork would take torch's threads half along.
+    with get_context("spawn").Pool(num_processes) if num_processes > 1 else nullcontext() as pool:
+        status, figures, text = run_command(args, pool.imap_unordered if pool else map, num_processes)
+    _write_json(args.json, figures)
+    print(text)
+    return status
+
+
 class Failure(NamedTuple):
     """How a command ended that did not come to its end."""
 
@@ -279,6 +302,8 @@ def _run(args: argparse.Namespace, tamper: Tamper | None) -> int | Failure:
         if args.command == "spec":
             return run_spec(args, os.environ)
         _check_files(args)
+        if args.command == "simulate":
+            return _simulate(args)
         return _demo(args, tamper) if args.command == "demo" else _decode(args)
     except KeyboardInterrupt:
         return Failure(INTERRUPTED, "interrupted; all processes are ended")

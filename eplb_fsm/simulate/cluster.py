@@ -152,6 +152,7 @@ class SimulatedCluster:
         self._is_lockstep = is_lockstep
         self._checks_forwards = checks_forwards
         self._has_pass_ids = has_pass_ids
+        self._choices = [[Choice(rank, action) for action in Action] for rank in range(num_ranks)]
         self._box = InMemoryBallotBox(num_ranks)
         self._exchange = InMemoryExchange(num_ranks, is_one_sided=is_one_sided)
         self._marks: list[Mark | None] = [None] * num_ranks
@@ -240,10 +241,10 @@ class SimulatedCluster:
         rank = self.living[int(self.random.random() * len(self.living))].rank
         choice = self.random.random()
         if choice < self.worker_share:
-            return Choice(rank, Action.WORK)
+            return self._choices[rank][Action.WORK]
         if choice < self.worker_share + self.device_share:
-            return Choice(rank, Action.DEVICE)
-        return Choice(rank, Action.MARK if choice > 1 - self.mark_share else Action.STEP)
+            return self._choices[rank][Action.DEVICE]
+        return self._choices[rank][Action.MARK if choice > 1 - self.mark_share else Action.STEP]
 
     def take(self, choice: Choice) -> Action | None:
         """Let a living rank take an action; where its worker or device has nothing to do, it makes a step instead.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from eplb_fsm.placement.placement import Placement
@@ -50,14 +52,11 @@ class SimulatedEngine:
         self.on_forward: Callable[[int, bytes], None] = lambda pass_id, used_map: None
         num_local = placement.num_local_physical_experts
         self._mine = slice(rank * num_local, (rank + 1) * num_local)
-        self._first_expert = torch.arange(shape.num_moe_layers)[:, None] * shape.num_logical_experts
-        all_experts = torch.arange(shape.num_logical_experts)
-        layers = range(shape.num_moe_layers)
-        self._right_weights = torch.cat([self._weight_of(layer, all_experts) for layer in layers])
-        self._right_scales = torch.cat([self._scale_of(layer, all_experts) for layer in layers])
-        held = self._wanted(torch.from_numpy(placement.physical_to_logical_map.copy()))
-        self.weights = self._right_weights[held].view(shape.num_moe_layers, num_local, -1)
-        self.scales = self._right_scales[held].view(shape.num_moe_layers, num_local)
+        self._right_bytes: dict[bytes, tuple[bytes, bytes]] = {}
+        """Weights and scales under each map seen so far."""
+        self.weights, self.scales = self._right_contents(placement.physical_to_logical_map)
+        # Views for the check of every pass: comparing bytes takes a fraction of the time of tensor operations.
+        self._held_weights, self._held_scales = self.weights.numpy(), self.scales.numpy()
 
     def bank(self) -> Bank:
         """Return the experts as a bank."""
@@ -70,25 +69,25 @@ class SimulatedEngine:
         Raises:
             WrongForwardError: Naming rank and slots.
         """
-        table = maps.physical_to_logical_map
+        table = maps.physical_to_logical_map.numpy()
+        used_map = table.tobytes()
         self.num_forwards += 1
-        self.on_forward(pass_id, table.numpy().tobytes())
-        wanted = self._wanted(table)
-        weights = self._right_weights.index_select(0, wanted).view_as(self.weights)
-        scales = self._right_scales.index_select(0, wanted).view_as(self.scales)
-        if not (torch.equal(weights, self.weights) and torch.equal(scales, self.scales)):
-            right = (weights == self.weights).all(-1) & (scales == self.scales)
+        self.on_forward(pass_id, used_map)
+        right = self._right_bytes.get(used_map)
+        if right is None:
+            weights, scales = self._right_contents(table)
+            right = self._right_bytes[used_map] = weights.numpy().tobytes(), scales.numpy().tobytes()
+        if right != (self._held_weights.tobytes(), self._held_scales.tobytes()):
+            weights, scales = self._right_contents(table)
+            is_right = (weights == self.weights).all(-1) & (scales == self.scales)
             raise WrongForwardError(
-                f"rank {self.rank} pass {pass_id}: slots, by layer, that hold the right expert: {right.tolist()}"
+                f"rank {self.rank} pass {pass_id}: slots, by layer, that hold the right expert: {is_right.tolist()}"
             )
 
-    def _wanted(self, table: torch.Tensor) -> torch.Tensor:
-        """Rows of the right contents that this rank's slots should hold, all layers one after the other."""
-        return (table[:, self._mine] + self._first_expert).reshape(-1)
-
-    def _weight_of(self, layer: int, experts: torch.Tensor) -> torch.Tensor:
+    def _right_contents(self, table: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and scales that this rank's slots should hold under a map."""
+        experts = torch.from_numpy(table[:, self._mine].copy())
+        layers = torch.arange(self.shape.num_moe_layers)[:, None]
         words = torch.arange(1, self.shape.num_words + 1)
-        return (experts[:, None] * 1_000_003 + layer * 101 + 7) * words
-
-    def _scale_of(self, layer: int, experts: torch.Tensor) -> torch.Tensor:
-        return (experts + 100 * layer).to(torch.float32) + 0.5
+        weights = (experts * 1_000_003 + layers * 101 + 7)[..., None] * words
+        return weights, (experts + 100 * layers).to(torch.float32) + 0.5

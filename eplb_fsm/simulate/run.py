@@ -1,0 +1,316 @@
+"""One run: a scenario under a seeded schedule, recorded, checked, and put into its equivalence class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from eplb_fsm.core.deadlines import epoch_bound_steps
+from eplb_fsm.core.invariants import every_expert_reachable, find_violations
+from eplb_fsm.core.states import State
+from eplb_fsm.observe.events import Event
+from eplb_fsm.simulate.cluster import Action, Choice, SimulatedCluster, SimulatedRank
+from eplb_fsm.simulate.engine import WrongForwardError
+from eplb_fsm.simulate.scenario import NEEDS_PASS_IDS, NO_DECISION, Fault, Scenario, Target
+from eplb_fsm.simulate.strikes import repair, strike
+
+_MAX_STEPS = 80
+"""Steps after which a run is over, whatever it has shown: a freeze that nobody takes back lasts for ever."""
+_MAX_QUIET_ACTIONS = 500
+"""Actions without any event after which a run stands still."""
+_TAIL_STEPS = 3
+"""Steps after the last outcome: forward passes with the last maps."""
+_OWN_PASS = -1
+"""Number of the forward pass that only looks at the slots at the end."""
+
+_BROKEN_BY_A_WRONG_STEP = ("same_decision", "same_step_commit", "commit_cannot_fail", "outcome_recorded")
+
+Schedule = Sequence[Choice | None]
+"""The choices of a run in order; None, like the end of the list, stands for :func:`default_choice`."""
+
+
+def default_choice(position: int, num_ranks: int) -> Choice:
+    """Return the choice of a schedule without chance: round robin, all workers and then all steps."""
+    turn, rank = divmod(position, num_ranks)
+    return Choice(rank, Action.STEP if turn % 2 else Action.WORK)
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What one run has shown.
+
+    Attributes:
+        violations: A sentence for each invariant that broke; empty if all held.
+        schedule: Every choice of the scheduler.
+        interleaving: Hash of its equivalence class: the order of what happens on each rank and on each channel.
+            Equal on all machines with one version of Python, whatever its hash seed.
+        states: Hashes of the cluster states that it went through: the projected states of all ranks.
+        hits: For each fault that struck, the state that it met and the decision of the round that was out.
+        num_epochs: Epochs that ended on every rank that still runs; 0 if none runs.
+        has_second_epoch: Whether an aborted epoch was followed by another one to its end.
+    """
+
+    scenario: Scenario
+    violations: list[str]
+    schedule: list[Choice]
+    events: list[Event]
+    interleaving: int
+    states: set[int]
+    hits: list[Target]
+    num_epochs: int
+    has_second_epoch: bool
+
+    @property
+    def digest(self) -> str:
+        """A hash of every event and every choice: equal if and only if two runs are the same bit for bit."""
+        words = [[*map(str, event_words(event))] for event in self.events]
+        return hashlib.blake2b(repr((words, self.schedule)).encode(), digest_size=16).hexdigest()
+
+
+def event_words(event: Event) -> tuple[Any, ...]:
+    """Return all that an event says, in the order of its fields."""
+    return (
+        *(event.seq, event.rank, event.step_idx, event.action, event.state, event.epoch, event.round_idx),
+        *(event.chunk_idx, event.num_staged, event.is_drained, event.is_frozen, event.live_digest),
+        *(f"{name}={value}" for name, value in event.detail.items()),
+    )
+
+
+_STATE_CODES = {state.value: code for code, state in enumerate(State)}
+_ACTIONS = (
+    *("PostVote", "ReadRound", "ResolveRound", "GiveUp", "Close", "FailStop", "LoadCollected", "PlanReady"),
+    *("ChunkStaged", "WorkFailed", "TransportLost"),
+)
+_ACTION_CODES = {action: code for code, action in enumerate(_ACTIONS)}
+
+
+@dataclass(slots=True)
+class Journal:
+    """Everything that a run shows; an observer of all ranks.
+
+    Attributes:
+        orders: What happened on each rank, in order, as numbers.
+        voters: The ranks in the order in which their votes of a round reached the channel, by round.
+        out: The round that is out on each rank, 0 for none.
+        epochs: The epoch of each rank.
+        decisions: What was read, by round.
+    """
+
+    num_ranks: int
+    events: list[Event] = field(default_factory=list)
+    states: set[int] = field(default_factory=set)
+    orders: list[list[int]] = field(default_factory=list)
+    voters: dict[int, list[int]] = field(default_factory=dict)
+    out: list[int] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    decisions: dict[int, str] = field(default_factory=dict)
+    outcomes: list[list[tuple[int, str]]] = field(default_factory=list)
+    _projected: list[tuple[Hashable, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.orders = [[] for _ in range(self.num_ranks)]
+        self.outcomes = [[] for _ in range(self.num_ranks)]
+        self.out = [0] * self.num_ranks
+        self.epochs = [0] * self.num_ranks
+        self._projected = [()] * self.num_ranks
+
+    def on_event(self, event: Event) -> None:
+        """Take one event."""
+        rank, action = event.rank, event.action
+        self.events.append(event)
+        self.epochs[rank] = event.epoch
+        state = _STATE_CODES[event.state]
+        self._projected[rank] = (
+            *(state, event.epoch, event.round_idx, event.chunk_idx, event.num_staged),
+            *(event.is_drained, event.is_frozen, event.live_digest),
+        )
+        # Tuples of numbers only: their hash does not depend on the process.
+        self.states.add(hash(tuple(self._projected)))
+        self.orders[rank].append(hash((_ACTION_CODES[action], event.step_idx, self._projected[rank])))
+        if action == "PostVote":
+            self.voters.setdefault(event.round_idx, []).append(rank)
+            self.out[rank] = event.round_idx
+        elif action in ("ReadRound", "ResolveRound"):
+            self.decisions[event.round_idx] = event.detail["decision"]
+            self.out[rank] = 0
+        if event.detail.get("outcome"):
+            self.outcomes[rank].append((event.epoch, event.detail["outcome"]))
+
+    def interleaving(self) -> int:
+        """Return the hash of the order on each rank and on the channel of each round."""
+        return hash((tuple(map(tuple, self.orders)), tuple(map(tuple, self.voters.values()))))
+
+
+class Run:
+    """A scenario being run.
+
+    Args:
+        scenario: The run but for its schedule.
+        schedule: The choices; None: drawn from the scenario's seed.
+    """
+
+    def __init__(self, scenario: Scenario, schedule: Schedule | None = None) -> None:
+        self.scenario = scenario
+        self.journal = Journal(scenario.num_ranks)
+        self._given = schedule
+        self._schedule: list[Choice] = []
+        self._hits: list[tuple[Fault, State, int]] = []
+        self._pending = [[fault for fault in scenario.faults if fault.rank == rank] for rank in self._rank_range]
+        self._waited: dict[Fault, int] = {}
+        self._num_repaired = [0] * scenario.num_ranks
+        self._wrong_forward = ""
+        self.cluster = SimulatedCluster(
+            scenario.num_ranks,
+            scenario.config,
+            seed=scenario.seed,
+            shape=scenario.shape,
+            lag=scenario.lag,
+            is_lockstep=scenario.is_lockstep,
+            is_one_sided=scenario.is_one_sided,
+            max_passes_ahead=scenario.max_passes_ahead,
+            has_pass_ids=scenario.has_pass_ids,
+            observers=lambda rank: (self.journal,),
+        )
+        self.cluster.worker_share = scenario.worker_share
+        self.cluster.device_share = 0.1 if scenario.max_passes_ahead else 0.0
+        self.cluster.max_vain_polls = 8
+
+    @property
+    def _rank_range(self) -> range:
+        return range(self.scenario.num_ranks)
+
+    def result(self) -> RunResult:
+        """Run to the end, check everything, and say what was seen."""
+        stands_still = False
+        try:
+            stands_still = self._run()
+            self.cluster.settle()
+            violations = self._check()
+        except WrongForwardError as error:
+            violations = [f"live_equals_map: {error}"]
+        except Exception as error:  # out of step() nothing may come but a fail-stop
+            violations = [f"raised: {type(error).__name__}: {error}"]
+        if stands_still and len(self.cluster.living) == self.scenario.num_ranks:
+            violations.append(
+                f"stands still: {[(rank.fsm.state.value, rank.is_waiting) for rank in self.cluster.ranks]}"
+            )
+        return RunResult(
+            scenario=self.scenario,
+            violations=violations,
+            schedule=self._schedule,
+            events=self.journal.events,
+            interleaving=self.journal.interleaving(),
+            states=self.journal.states,
+            hits=self._targets(),
+            num_epochs=min((len(self.journal.outcomes[rank.rank]) for rank in self.cluster.living), default=0),
+            has_second_epoch=any(map(_has_second_epoch, self.journal.outcomes)),
+        )
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> bool:
+        """Act until the run is over; True if nothing happens any more although it is not."""
+        num_seen = num_quiet = 0
+        last_step = _MAX_STEPS
+        while self.cluster.living:
+            self._act()
+            num_quiet += 1
+            if len(self.journal.events) == num_seen:
+                if num_quiet > _MAX_QUIET_ACTIONS:
+                    return not all(rank.fsm.state is State.STOPPED for rank in self.cluster.living)
+                if not num_quiet % 32:  # stopped ranks make steps and no events
+                    last_step = min(last_step, self._end_if_over())
+            else:
+                num_seen, num_quiet = len(self.journal.events), 0
+                self._repair()
+                last_step = min(last_step, self._end_if_over())
+            if all(rank.fsm.step_idx >= last_step for rank in self.cluster.living):
+                return False
+        return False
+
+    def _end_if_over(self) -> int:
+        """Return the step after which nothing more is to be seen; the limit as long as there is."""
+        wanted, outcomes = self.scenario.num_epochs, self.journal.outcomes
+        for rank in self.cluster.living:
+            if len(outcomes[rank.rank]) < wanted and not (
+                rank.fsm.state is State.STOPPED and rank.parts.runner.is_drained
+            ):
+                return _MAX_STEPS
+        return max((rank.fsm.step_idx for rank in self.cluster.living), default=0) + _TAIL_STEPS
+
+    def _act(self) -> None:
+        choice = self._choose()
+        rank = self.cluster.ranks[choice.rank]
+        if self._pending[choice.rank]:
+            self._strike(rank)
+        self._schedule.append(choice)
+        if not rank.is_alive:
+            return
+        done = self.cluster.take(choice)
+        if done is not None:
+            self.journal.orders[choice.rank].append(done)
+
+    def _choose(self) -> Choice:
+        if self._given is None:
+            return self.cluster.choose()
+        position = len(self._schedule)
+        given = self._given[position] if position < len(self._given) else None
+        choice = given or default_choice(position, self.scenario.num_ranks)
+        if not self.cluster.ranks[choice.rank].is_alive:
+            return Choice(self.cluster.living[position % len(self.cluster.living)].rank, choice.action)
+        return choice
+
+    def _strike(self, rank: SimulatedRank) -> None:
+        """Let every fault of this rank happen whose time has come."""
+        state, epoch = rank.fsm.state, self.journal.epochs[rank.rank]
+        for fault in list(self._pending[rank.rank]):
+            if fault.state is not state or epoch < fault.epoch:
+                continue
+            waited = self._waited[fault] = self._waited.get(fault, 0) + 1
+            if waited >= fault.nth:
+                self._pending[rank.rank].remove(fault)
+                round_idx = self.journal.out[rank.rank] or rank.parts.rounds.journal.read_round + 1
+                self._hits.append((fault, state, round_idx))
+                self.journal.orders[rank.rank].append(-len(self._hits))
+                strike(fault.kind, self.cluster, rank)
+
+    def _repair(self) -> None:
+        """Take faults of one epoch back on the ranks on which it has ended."""
+        for rank in self.cluster.living:
+            num_ended = len(self.journal.outcomes[rank.rank])
+            if num_ended > self._num_repaired[rank.rank]:
+                self._num_repaired[rank.rank] = num_ended
+                repair(rank)
+
+    # -- what was seen ------------------------------------------------------------------------------------------
+
+    def _targets(self) -> list[Target]:
+        decisions = self.journal.decisions
+        return [
+            Target(state, NO_DECISION if state is State.STOPPED else decisions.get(idx, NO_DECISION), fault.kind)
+            for fault, state, idx in self._hits
+        ]
+
+    def _bound(self, transferring_deadline_steps: int) -> int:
+        return epoch_bound_steps(self.scenario.config, self.scenario.lag, transferring_deadline_steps)
+
+    def _check(self) -> list[str]:
+        found = find_violations(self.journal.events, self._bound)
+        if any(fault.kind in NEEDS_PASS_IDS for fault, _, _ in self._hits):
+            # The promise is then only that nothing is served torn: the rank may read a round at another step, and
+            # where it left out the step of a commit it is ended.
+            found = [text for text in found if not text.startswith(_BROKEN_BY_A_WRONG_STEP)]
+        found += [f"no_torn_forward: pass {pass_idx}" for pass_idx in self.cluster.torn_passes()]
+        for rank in self.cluster.living:
+            for layer in rank.maps.physical_to_logical_map.tolist():
+                missing = every_expert_reachable(layer, self.scenario.num_ranks)
+                found += [f"every_expert_reachable: rank {rank.rank}: {text}" for text in missing]
+            rank.engine.forward(_OWN_PASS, rank.maps)
+        return found
+
+
+def _has_second_epoch(outcomes: list[tuple[int, str]]) -> bool:
+    """Whether an aborted epoch is followed by one that ended, too."""
+    return any(outcome == "ABORTED" for _, outcome in outcomes[:-1])

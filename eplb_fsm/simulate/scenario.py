@@ -1,0 +1,281 @@
+"""What one seed stands for: a small configuration, and the faults of the run, drawn before it begins."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eplb_fsm.config import RebalanceConfig
+from eplb_fsm.core.states import ACTIVE_STATES, State
+from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.policies import policy_names, register_policy
+from eplb_fsm.placement.topology import Topology
+from eplb_fsm.placement.validate import Float64Array
+from eplb_fsm.simulate.engine import Shape
+
+ROW_BYTES = 24
+"""Staged bytes of one simulated expert of one word: the word, a padded float, and the hash."""
+
+
+class FaultKind(Enum):
+    """What can happen to a rank; the value is the word in reports."""
+
+    CRASH = "crash"
+    CLOSE = "close"
+    CHANNEL_LOST = "channel lost"
+    ROUNDS_HELD = "rounds held"
+    ROUNDS_DELIVERED = "rounds delivered"
+    POLICY_ERROR = "policy error"
+    OTHER_PLAN = "other plan"
+    PLANNER_STUCK = "planner stuck"
+    PLANNER_RETURNS = "planner returns"
+    WORKER_STUCK = "worker stuck"
+    WORKER_GOES_ON = "worker goes on"
+    WORKER_DEAD = "worker dead"
+    ROW_DAMAGED = "row damaged"
+    TRANSFER_ERROR = "transfer error"
+    LOAD_ERROR = "load error"
+    TRANSPORT_LOST = "transport lost"
+    PREPARE_ERROR = "map cannot be prepared"
+    WRITE_ERROR = "map cannot be written"
+    FREEZE = "freeze"
+    UNFREEZE = "unfreeze"
+    ABORT = "abort requested"
+    STOP = "stop requested"
+    STEP_SKIPPED = "step skipped"
+    STEP_DOUBLED = "step doubled"
+
+
+TAKEN_BACK_BY = {
+    FaultKind.ROUNDS_HELD: FaultKind.ROUNDS_DELIVERED,
+    FaultKind.PLANNER_STUCK: FaultKind.PLANNER_RETURNS,
+    FaultKind.WORKER_STUCK: FaultKind.WORKER_GOES_ON,
+    FaultKind.FREEZE: FaultKind.UNFREEZE,
+}
+"""Faults that another one ends."""
+NEEDS_PASS_IDS = (FaultKind.STEP_SKIPPED, FaultKind.STEP_DOUBLED)
+"""Without the number of the pass no tally can show them (``docs/explanation/assumptions.md``)."""
+
+
+class Fault(NamedTuple):
+    """One fault, drawn before the action that it hits.
+
+    Attributes:
+        epoch: It waits for this epoch of its rank, or a later one,
+        state: and for this state,
+        nth: and strikes before that action there, counted from 1.
+    """
+
+    kind: FaultKind
+    rank: int
+    epoch: int
+    state: State
+    nth: int
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}: rank {self.rank}, epoch {self.epoch}, {self.state.value}, action {self.nth}"
+
+
+class Target(NamedTuple):
+    """What a run is to show: a fault in a state, and the decision of the round that the fault meets."""
+
+    state: State
+    decision: str
+    fault: FaultKind
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One run but for the order of its actions, which :attr:`seed` decides."""
+
+    seed: int
+    num_ranks: int
+    is_lockstep: bool
+    lag: int
+    num_chunks: int
+    staging_buffers: int
+    max_passes_ahead: int
+    is_one_sided: bool
+    has_pass_ids: bool
+    plans_everywhere: bool
+    moves_nothing: bool
+    step_interval: int
+    worker_share: float
+    num_epochs: int
+    """Epochs after which the run is over."""
+    faults: tuple[Fault, ...]
+
+    @property
+    def config(self) -> RebalanceConfig:
+        """The options of all ranks."""
+        return _make_config(
+            policy=_Stay.name if self.moves_nothing else _Rotate.name,
+            plan_source="every_rank" if self.plans_everywhere else "lowest_rank",
+            lag=self.lag,
+            staging_buffers=self.staging_buffers,
+            step_interval=self.step_interval,
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """One slot on each rank; a rotation of a layer is one chunk."""
+        return Shape(self.num_chunks, self.num_ranks, self.num_ranks, num_words=1)
+
+
+@cache
+def _make_config(**options: Any) -> RebalanceConfig:
+    """Small deadlines, so that a stuck worker costs few steps."""
+    return RebalanceConfig(
+        planner="thread",
+        idle_round_interval=1,
+        window_size=1000,
+        commit_bytes=ROW_BYTES,
+        min_gain=0.0,
+        backoff_steps=1,
+        max_backoff_steps=4,
+        max_slowdown=0.0,
+        collecting_deadline_steps=12,
+        computing_deadline_steps=12,
+        awaiting_consensus_deadline_steps=12,
+        transfer_slack_steps=8,
+        drain_deadline_steps=12,
+        vote_timeout_s=1.0,
+        resolve_timeout_s=1.0,
+        **options,
+    )
+
+
+class _Rotate:
+    """Hands every rank the expert of another one; a change of load changes of which."""
+
+    name = "simulated_rotate"
+    deterministic = True
+
+    def plan(self, load: Float64Array, current: Placement, topology: Topology) -> Placement:
+        """Rotate every layer."""
+        by = 1 + int(load.sum()) % max(current.num_ranks - 1, 1)
+        rows = np.roll(current.physical_to_logical_map, by, axis=1)
+        return Placement(rows, current.num_logical_experts, current.num_ranks)
+
+
+class _Stay:
+    """Finds everything well as it is."""
+
+    name = "simulated_stay"
+    deterministic = True
+
+    def plan(self, load: Float64Array, current: Placement, topology: Topology) -> Placement:
+        """Return what is."""
+        return current
+
+
+for _policy in (_Rotate(), _Stay()):
+    if _policy.name not in policy_names():
+        register_policy(_policy)
+
+
+def draw_scenario(seed: int, num_ranks: int, is_lockstep: bool | None, targets: Sequence[Target] = ()) -> Scenario:
+    """Draw a configuration and faults; the same for the same arguments, in any process.
+
+    Args:
+        seed: The seed.
+        num_ranks: Ranks.
+        is_lockstep: None: drawn too.
+        targets: Every second seed aims at one of them, in turn; the others leave all to chance.
+    """
+    rng = random.Random(seed)
+    target = targets[seed // 2 % len(targets)] if targets and seed % 2 else None
+    faults = _aimed(rng, num_ranks, target) if target else _any_faults(rng, num_ranks)
+    drawn_lockstep = rng.random() < 0.5
+    kinds = {fault.kind for fault in faults}
+    return Scenario(
+        seed=seed,
+        num_ranks=num_ranks,
+        is_lockstep=drawn_lockstep if is_lockstep is None else is_lockstep,
+        lag=rng.choice((1, 1, 1, 2, 3)),
+        num_chunks=rng.choice((1, 1, 1, 2, 3, 4)),
+        staging_buffers=rng.choice((1, 2)),
+        max_passes_ahead=rng.choice((0, 1, 2)),
+        is_one_sided=rng.random() < 0.5,
+        has_pass_ids=rng.random() < 0.3 or bool(kinds.intersection(NEEDS_PASS_IDS)),
+        plans_everywhere=FaultKind.OTHER_PLAN in kinds or rng.random() < 0.3,
+        moves_nothing=rng.random() < 0.05 if target is None else target.decision == "SKIP",
+        step_interval=rng.choice((1, 2, 4)),
+        worker_share=rng.choice((0.3, 0.6, 0.7, 0.8)),
+        num_epochs=2 if len(faults) and rng.random() < 0.9 else 1,
+        faults=tuple(faults),
+    )
+
+
+_ABORTING = (
+    FaultKind.ABORT,
+    FaultKind.ABORT,
+    FaultKind.POLICY_ERROR,
+    FaultKind.ROW_DAMAGED,
+    FaultKind.OTHER_PLAN,
+    FaultKind.PREPARE_ERROR,
+)
+_COMPANION = {"FREEZE": FaultKind.FREEZE, "ABORT": FaultKind.ABORT, "STOP": FaultKind.STOP}
+_LOSING = (FaultKind.CRASH, FaultKind.CHANNEL_LOST, FaultKind.CLOSE)
+
+
+def _any_faults(rng: random.Random, num_ranks: int) -> list[Fault]:
+    """Mostly one fault that ends the epoch and lets the next one run; sometimes others, sometimes none."""
+    choice = rng.random()
+    if choice < 0.1:
+        return []
+    kinds = [rng.choice(_ABORTING)] if choice < 0.7 else rng.choices(tuple(FaultKind), k=rng.choice((1, 2, 3)))
+    faults = []
+    for kind in kinds:
+        state = rng.choice(ACTIVE_STATES if choice < 0.7 or rng.random() < 0.9 else (State.IDLE,))
+        faults.append(Fault(kind, rng.randrange(num_ranks), 1, state, rng.choice((1, 1, 2, 3, 5))))
+    return _with_ends(rng, faults)
+
+
+def _aimed(rng: random.Random, num_ranks: int, target: Target) -> list[Fault]:
+    """The fault of the target, and what may bring its decision about; often in the epoch after an aborted one."""
+    rank, state = rng.randrange(num_ranks), target.state
+    other = (rank + rng.randrange(1, num_ranks)) % num_ranks if num_ranks > 1 else rank
+    faults = []
+    epoch = 0 if state is State.IDLE else 1
+    if rng.random() < 0.6:
+        faults.append(Fault(FaultKind.ABORT, rng.randrange(num_ranks), 1, rng.choice(ACTIVE_STATES), 1))
+        epoch += 1
+    meets = rng.choice(_BEFORE.get(state, (state,)))
+    if state is State.STOPPED:
+        faults.append(Fault(FaultKind.STOP, other, epoch, rng.choice(ACTIVE_STATES), 1))
+    elif target.decision in _COMPANION:
+        faults.append(Fault(_COMPANION[target.decision], other, epoch, meets, rng.choice((1, 1, 2))))
+    elif target.decision == NO_DECISION:
+        faults.append(Fault(rng.choice(_LOSING), other, epoch, meets, rng.choice((1, 2))))
+    nth = rng.choice((4, 6, 8, 10, 12, 16) if target.decision == "COMMIT" else (1, 2, 3, 4, 6))
+    faults.append(Fault(target.fault, rank, epoch, state, nth))
+    return _with_ends(rng, faults)
+
+
+_BEFORE = {
+    State.COMPUTING: (State.COLLECTING, State.COMPUTING),
+    State.AWAITING_CONSENSUS: (State.COMPUTING, State.AWAITING_CONSENSUS),
+}
+"""Ranks differ in these states by local transitions, so another rank may be one behind."""
+
+
+def _with_ends(rng: random.Random, faults: list[Fault]) -> list[Fault]:
+    """Most faults that last are taken back once the epoch is over, some earlier, some never."""
+    ends = []
+    for fault in faults:
+        kind = TAKEN_BACK_BY.get(fault.kind)
+        if kind is not None and rng.random() < 0.8:
+            state = State.IDLE if rng.random() < 0.7 else fault.state
+            ends.append(Fault(kind, fault.rank, fault.epoch, state, fault.nth + rng.choice((2, 4, 8))))
+    return [*faults, *ends]
+
+
+NO_DECISION = "none read"
+"""The round that a fault met was never read by any rank, or there was none."""
