@@ -89,9 +89,8 @@ def compare(check: Check, run: Run) -> str:
     return ""
 
 
-def updated(result: Result) -> Check:
+def updated(check: Check, run: Run) -> Check:
     """Return a check with the count and the time that were seen, or as it was if something else came out."""
-    check, run = result.check, result.run
     if (run.seen, run.property) != (check.expected, check.property):
         return check
     return replace(check, states=run.states if run.seen == "holds" else None, seconds=round(run.seconds, 1))

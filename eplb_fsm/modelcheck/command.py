@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eplb_fsm.errors import ConfigError
-from eplb_fsm.modelcheck.checks import Result, run_check, run_checks, updated
+from eplb_fsm.modelcheck.checks import Result, compare, run_check, run_checks, updated
 from eplb_fsm.modelcheck.manifest import MANIFEST, TIERS, Check, load_manifest, write_manifest
 from eplb_fsm.modelcheck.tlc import Step, Tlc
 
@@ -87,13 +87,12 @@ def _check(args: argparse.Namespace, folder: Path, checks: list[Check], environ:
     width = max(len(check.name) for check in chosen)
 
     def show(result: Result) -> None:
-        print(result_line(result, width), file=lines, flush=True)
+        print(result_line(_as_recorded(result) if args.update else result, width), file=lines, flush=True)
 
     results = run_checks(Tlc.find(environ), folder, chosen, args.jobs, show)
     if args.update:
-        changed = {result.check.name: updated(result) for result in results}
-        write_manifest(folder, [changed.get(check.name, check) for check in checks])
-        results = [_as_recorded(result, changed[result.check.name]) for result in results]
+        results = [_as_recorded(result) for result in results]
+        _update(folder, results)
     _write_json(args.json, results)
     surprises = [result.check.name for result in results if result.surprise]
     summary = f"{len(results)} checks: "
@@ -102,9 +101,17 @@ def _check(args: argparse.Namespace, folder: Path, checks: list[Check], environ:
     return SURPRISE if surprises else OK
 
 
-def _as_recorded(result: Result, check: Check) -> Result:
-    """Return a result that is no surprise any more if only its count was, and that is recorded now."""
-    return Result(check, result.run, "" if check is not result.check else result.surprise)
+def _as_recorded(result: Result) -> Result:
+    """Return a result of which count and time are as expected, because they are recorded."""
+    check = updated(result.check, result.run)
+    return Result(check, result.run, compare(check, result.run))
+
+
+def _update(folder: Path, results: Sequence[Result]) -> None:
+    """Write what came out as expected into the manifest as it is now; somebody may have changed it meanwhile."""
+    runs = {result.check.name: result.run for result in results}
+    checks = load_manifest(folder)
+    write_manifest(folder, [updated(check, runs[check.name]) if check.name in runs else check for check in checks])
 
 
 def result_line(result: Result, width: int = 0) -> str:
