@@ -18,10 +18,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts docs bench check generate format clean
+.PHONY: help setup demo test lint types contracts docs spec bench check generate format clean
 
 help:
-	@echo "make demo | test | check | setup | lint | types | contracts | docs | bench | generate | format | clean"
+	@echo "make demo | test | check | setup | lint | types | contracts | docs | spec | bench | generate | format | clean"
 
 setup: $(VENV)/.ready-dev $(VENV)/.ready-docs
 
@@ -44,6 +44,9 @@ contracts: $(VENV)/.ready-dev
 docs: $(VENV)/.ready-docs
 	$(BIN)/python tools/generate_docs.py --check
 	$(BIN)/mkdocs build --strict --quiet
+
+spec: $(VENV)/.ready-dev
+	$(BIN)/eplb-fsm spec check $(ARGS)
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -178,9 +178,12 @@ AskStop(r) == Ask(r, "stop", request_stop(core[r]))
 
 (* -- rounds ------------------------------------------------------------------------------------------------- *)
 
-(* A vote that all have read is forgotten. *)
-Kept(vote) == IF \E r \in Ranks : journal[r].read < vote.round THEN vote ELSE NoVote
-CastVote(r, vote) == cast' = [cast EXCEPT ![r] = <<vote, Kept(@[1]), Kept(@[2])>>]
+CastVote(r, vote) == cast' = [cast EXCEPT ![r] = <<vote, @[1], @[2]>>]
+(* Votes that all have read are forgotten, once r has read a round. *)
+Forget(r, round) ==
+    LET ReadTo(rank) == IF rank = r THEN round ELSE journal[rank].read
+        Kept(vote) == IF \E rank \in Ranks : ReadTo(rank) < vote.round THEN vote ELSE NoVote
+    IN cast' = [rank \in Ranks |-> [i \in DOMAIN cast[rank] |-> Kept(cast[rank][i])]]
 HasVoted(r, round) == \E i \in DOMAIN cast[r] : cast[r][i].round = round
 VoteOf(r, round) == cast[r][CHOOSE i \in DOMAIN cast[r] : cast[r][i].round = round]
 Tally(round) == {VoteOf(r, round) : r \in Ranks}
@@ -262,7 +265,8 @@ ReadRound(r) ==
                                         ![r].stopped_from = IF decision.kind = "STOP" THEN core[r].posted.round + 1
                                                             ELSE @]
           /\ CarryOut(r, decision)
-    /\ UNCHANGED <<pass, up, cast, window, board, worker, wire, buffers, budget>>
+    /\ Forget(r, core[r].posted.round)
+    /\ UNCHANGED <<pass, up, window, board, worker, wire, buffers, budget>>
 
 (* The commit that was promised raises: a last vote, and no further forward pass. *)
 CommitFailed(r) ==
@@ -330,7 +334,8 @@ ResolveRound(r, reason) ==
     /\ core' = [core EXCEPT ![r] = resolve_round(@, Verdict(r) = "COMMIT", reason)]
     /\ journal' = [journal EXCEPT ![r].read = core[r].posted.round, ![r].read_commit = (Verdict(r) = "COMMIT")]
     /\ IF Verdict(r) = "COMMIT" THEN CarryOutCommit(r) ELSE UNCHANGED <<jobs, begun, enqueued, queue, device>>
-    /\ UNCHANGED <<pass, up, cast, worker, wire, buffers, budget>>
+    /\ Forget(r, core[r].posted.round)
+    /\ UNCHANGED <<pass, up, worker, wire, buffers, budget>>
 
 (* Some rank said nothing for too long: serving on could tear the map. *)
 FailStop(r) ==
