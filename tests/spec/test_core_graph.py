@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from core_graph import Explorer
@@ -15,9 +18,10 @@ from graphs import Call, Graph, Table, describe_difference
 from recorded_calls import METHODS, recorded_calls
 from tlc_graph import SPEC, read_graph, run_tlc
 
+from eplb_fsm.core.rank import RankCore
 from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason
 from eplb_fsm.core.states import State
-from eplb_fsm.core.votes import DecisionKind
+from eplb_fsm.core.votes import Decision, DecisionKind, Vote
 from eplb_fsm.modelcheck.values import Record
 
 GRAPHS = sorted(path.stem for path in (SPEC / "graph").glob("*.cfg"))
@@ -35,23 +39,46 @@ class Compared:
     methods: set[str]
 
 
-def tlc_graph(cfg: Path) -> tuple[Record, Graph]:
-    """The constants of a cfg and the graph that TLC finds for them."""
+_NUM_AHEAD = os.cpu_count() or 1
+_TLC = ThreadPoolExecutor(_NUM_AHEAD)
+_TAKEN: set[str] = set()
+_FOUND: dict[str, Future[tuple[Record, Graph]]] = {}
+"""What TLC finds, or has found, and nobody has taken yet."""
+
+
+def find_graph(name: str) -> tuple[Record, Graph]:
+    """The constants of a cfg, and the graph that TLC finds for them."""
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "graph.dot"
-        setup = run_tlc(cfg, dump)
+        setup = run_tlc(SPEC / f"graph/{name}.cfg", dump)
         return setup, read_graph(dump, Table())
+
+
+def take_graph(name: str) -> tuple[Record, Graph]:
+    """The same; TLC goes on with the graphs that follow in the list, each core with one."""
+    following = GRAPHS[GRAPHS.index(name) :][: _NUM_AHEAD + 1] if name in GRAPHS else [name]
+    for ahead in following:
+        if ahead not in _FOUND and (ahead == name or ahead not in _TAKEN):
+            _FOUND[ahead] = _TLC.submit(find_graph, ahead)
+    _TAKEN.add(name)
+    return _FOUND.pop(name).result()
+
+
+def explore(setup: Record, spec: Graph) -> tuple[Graph, str]:
+    """The graph of real cores, and how the spec's differs from it."""
+    code = Explorer(setup, spec.table).explore()
+    return code, describe_difference(spec, "the spec", code, "the code")
 
 
 @cache
 def compare(name: str) -> Compared:
     """Both graphs of a cfg, compared."""
-    setup, spec = tlc_graph(SPEC / f"graph/{name}.cfg")
+    setup, spec = take_graph(name)
     with recorded_calls() as methods:
-        code = Explorer(setup, spec.table).explore()
+        code, difference = explore(setup, spec)
     cores = code.cores()
     return Compared(
-        describe_difference(spec, "the spec", code, "the code"),
+        difference,
         code.calls(),
         {core["state"] for core in cores},
         {(core["outcome"]["kind"], core["outcome"]["reason"]) for core in cores},
@@ -96,3 +123,50 @@ def test_the_graphs_reach_everything() -> None:
 def test_the_graphs_make_every_call() -> None:
     """The calls between states are all the public methods of a core."""
     assert {method for name in GRAPHS for method in compare(name).methods} == METHODS
+
+
+def _give_up_in_silence(core: RankCore, action: str, reason: StopReason, detail: str) -> Vote:
+    """The last vote says nothing of the STOP."""
+    return LAST_VOTE(core, action, reason, detail)._replace(stop=0)
+
+
+def _forget_request(core: RankCore, decision: Decision) -> None:
+    """An aborted epoch is not tried again."""
+    ABORT(core, decision)
+    core._wants_rebalance = False
+
+
+def _back_to_idle_by_step(core: RankCore, posted: Vote) -> None:
+    """The next round of an idle rank follows its own step, not the multiples of the interval."""
+    SCHEDULE_NEXT(core, posted)
+    if not core.is_active and core.state is not State.STOPPED:
+        core.post_due = core.step_idx + 1
+
+
+LAST_VOTE = RankCore._last_vote
+ABORT = RankCore._abort
+SCHEDULE_NEXT = RankCore._schedule_next
+
+
+@pytest.mark.parametrize(
+    ("method", "planted", "call"),
+    [
+        ("_last_vote", _give_up_in_silence, "GiveUp"),
+        ("_abort", _forget_request, "ResolveRound"),
+        ("_schedule_next", _back_to_idle_by_step, "ReadRound"),
+    ],
+)
+def test_planted_differences_are_found(method: str, planted: Callable[..., object], call: str) -> None:
+    """A core that differs in one detail has another graph, and the first edge that shows it is named."""
+    setup, spec = lost_graph()
+    with patch.object(RankCore, method, planted):
+        _, difference = explore(setup, spec)
+    assert "edges are only in the graph of the spec; the first:" in difference
+    assert f"Call(action='{call}'" in difference
+    assert "with this after it instead" in difference
+
+
+@cache
+def lost_graph() -> tuple[Record, Graph]:
+    """The graph that has most of what a rank can do."""
+    return find_graph("lost")
