@@ -18,7 +18,7 @@ from eplb_fsm.simulate.run import Run, RunResult
 from eplb_fsm.simulate.scenario import Scenario, Target, draw_scenario
 
 _SEEDS_AT_A_TIME = 200
-_MAX_KEPT_FAILURES = 20
+_MAX_KEPT_FAILURES = 100
 
 
 class Space(NamedTuple):

@@ -159,6 +159,8 @@ class Run:
         self._hits: list[tuple[Fault, State, int]] = []
         self._pending = [[fault for fault in scenario.faults if fault.rank == rank] for rank in self._rank_range]
         self._waited: dict[Fault, int] = {}
+        self._changes_from: dict[Fault, int] = {}
+        """The first round in which the rank votes after a fault."""
         self._num_repaired = [0] * scenario.num_ranks
         self._wrong_forward = ""
         self.cluster = SimulatedCluster(
@@ -266,15 +268,24 @@ class Run:
         """Let every fault of this rank happen whose time has come."""
         state, epoch = rank.fsm.state, self.journal.epochs[rank.rank]
         for fault in list(self._pending[rank.rank]):
-            if fault.state is not state or epoch < fault.epoch:
+            if fault.state is not state or epoch < fault.epoch or not self._may_strike(fault):
                 continue
             waited = self._waited[fault] = self._waited.get(fault, 0) + 1
             if waited >= fault.nth:
                 self._pending[rank.rank].remove(fault)
-                round_idx = self.journal.out[rank.rank] or rank.parts.rounds.journal.read_round + 1
-                self._hits.append((fault, state, round_idx))
-                self.journal.orders[rank.rank].append(-len(self._hits))
+                out, read = self.journal.out[rank.rank], rank.parts.rounds.journal.read_round
+                self._hits.append((fault, state, out or read + 1))
+                self._changes_from[fault] = max(out, read) + 1
+                self.journal.orders[rank.rank].append(-1 - self.scenario.faults.index(fault))
                 strike(fault.kind, self.cluster, rank)
+
+    def _may_strike(self, fault: Fault) -> bool:
+        """For a fault that follows another one: whether a round that this one could change is out."""
+        position = self.scenario.faults.index(fault)
+        if not fault.follows or not position:
+            return True
+        first_round = self._changes_from.get(self.scenario.faults[position - 1])
+        return first_round is not None and (fault.state is State.STOPPED or self.journal.out[fault.rank] >= first_round)
 
     def _repair(self) -> None:
         """Take faults of one epoch back on the ranks on which it has ended."""

@@ -69,7 +69,8 @@ class Fault(NamedTuple):
     Attributes:
         epoch: It waits for this epoch of its rank, or a later one,
         state: and for this state,
-        nth: and strikes before that action there, counted from 1.
+        nth: and strikes before that action there, counted from 1,
+        follows: not before a round is out that the fault before it in the scenario can have changed.
     """
 
     kind: FaultKind
@@ -77,9 +78,11 @@ class Fault(NamedTuple):
     epoch: int
     state: State
     nth: int
+    follows: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kind.value}: rank {self.rank}, epoch {self.epoch}, {self.state.value}, action {self.nth}"
+        when = f"epoch {self.epoch}, {self.state.value}, action {self.nth}"
+        return f"{self.kind.value}: rank {self.rank}, {when}{', after the one before' * self.follows}"
 
 
 class Target(NamedTuple):
@@ -192,22 +195,26 @@ def draw_scenario(seed: int, num_ranks: int, is_lockstep: bool | None, targets: 
     rng = random.Random(seed)
     target = targets[seed // 2 % len(targets)] if targets and seed % 2 else None
     faults = _aimed(rng, num_ranks, target) if target else _any_faults(rng, num_ranks)
+    wants_commit = target is not None and target.decision == "COMMIT"
     drawn_lockstep = rng.random() < 0.5
     kinds = {fault.kind for fault in faults}
+    plans_everywhere = rng.random() < 0.3 or FaultKind.OTHER_PLAN in kinds
+    plans_everywhere |= target is not None and target.state in _PLANNING
     return Scenario(
         seed=seed,
         num_ranks=num_ranks,
         is_lockstep=drawn_lockstep if is_lockstep is None else is_lockstep,
-        lag=rng.choice((1, 1, 1, 2, 3)),
-        num_chunks=rng.choice((1, 1, 1, 2, 3, 4)),
+        # A round that is out for longer is easier to hit.
+        lag=rng.choice((1, 1, 1, 2, 3) if target is None else (1, 3, 3)),
+        num_chunks=rng.choice((3, 4) if wants_commit else (1, 1, 1, 2, 3, 4)),
         staging_buffers=rng.choice((1, 2)),
         max_passes_ahead=rng.choice((0, 1, 2)),
         is_one_sided=rng.random() < 0.5,
         has_pass_ids=rng.random() < 0.3 or bool(kinds.intersection(NEEDS_PASS_IDS)),
-        plans_everywhere=FaultKind.OTHER_PLAN in kinds or rng.random() < 0.3,
+        plans_everywhere=plans_everywhere,
         moves_nothing=rng.random() < 0.05 if target is None else target.decision == "SKIP",
         step_interval=rng.choice((1, 2, 4)),
-        worker_share=rng.choice((0.3, 0.6, 0.7, 0.8)),
+        worker_share=0.85 if wants_commit else rng.choice((0.3, 0.6, 0.7, 0.8)),
         num_epochs=2 if len(faults) and rng.random() < 0.9 else 1,
         faults=tuple(faults),
     )
@@ -238,32 +245,53 @@ def _any_faults(rng: random.Random, num_ranks: int) -> list[Fault]:
     return _with_ends(rng, faults)
 
 
+class _Hold(NamedTuple):
+    """How a rank is kept in a state until something else happens."""
+
+    kind: FaultKind
+    is_own: bool
+    """Whether it is the rank itself that is held back, or another one that the rank then waits for."""
+    state: State
+    """The state in which the fault holds it back."""
+    others_state: State
+    """The state in which the other rank is meanwhile."""
+
+
+_HOLDS = {
+    State.COLLECTING: _Hold(FaultKind.WORKER_STUCK, True, State.COLLECTING, State.COLLECTING),
+    State.COMPUTING: _Hold(FaultKind.PLANNER_STUCK, True, State.COLLECTING, State.AWAITING_CONSENSUS),
+    State.AWAITING_CONSENSUS: _Hold(FaultKind.PLANNER_STUCK, False, State.COLLECTING, State.COMPUTING),
+    State.TRANSFERRING: _Hold(FaultKind.WORKER_STUCK, False, State.TRANSFERRING, State.TRANSFERRING),
+}
+_PLANNING = (State.COMPUTING, State.AWAITING_CONSENSUS)
+"""To hold one rank there, every rank must plan for itself."""
+_AGREED_IN_TIME = ("START", "SKIP", "BEGIN", "COMMIT")
+"""Decisions that come by themselves if nobody is held back."""
+
+
 def _aimed(rng: random.Random, num_ranks: int, target: Target) -> list[Fault]:
     """The fault of the target, and what may bring its decision about; often in the epoch after an aborted one."""
     rank, state = rng.randrange(num_ranks), target.state
-    other = (rank + rng.randrange(1, num_ranks)) % num_ranks if num_ranks > 1 else rank
-    faults = []
+    other = (rank + rng.randrange(1, num_ranks)) % num_ranks
     epoch = 0 if state is State.IDLE else 1
+    faults = []
     if rng.random() < 0.6:
         faults.append(Fault(FaultKind.ABORT, rng.randrange(num_ranks), 1, rng.choice(ACTIVE_STATES), 1))
         epoch += 1
-    meets = rng.choice(_BEFORE.get(state, (state,)))
-    if state is State.STOPPED:
-        faults.append(Fault(FaultKind.STOP, other, epoch, rng.choice(ACTIVE_STATES), 1))
-    elif target.decision in _COMPANION:
-        faults.append(Fault(_COMPANION[target.decision], other, epoch, meets, rng.choice((1, 1, 2))))
-    elif target.decision == NO_DECISION:
-        faults.append(Fault(rng.choice(_LOSING), other, epoch, meets, rng.choice((1, 2))))
-    nth = rng.choice((4, 6, 8, 10, 12, 16) if target.decision == "COMMIT" else (1, 2, 3, 4, 6))
-    faults.append(Fault(target.fault, rank, epoch, state, nth))
+    meets = state
+    hold = _HOLDS.get(state)
+    if hold is not None and target.decision not in _AGREED_IN_TIME:
+        faults.append(Fault(hold.kind, rank if hold.is_own else other, epoch, hold.state, 1))
+        meets = hold.others_state
+    kind = FaultKind.STOP if state is State.STOPPED else _COMPANION.get(target.decision)
+    if target.decision == NO_DECISION and state is not State.STOPPED:
+        kind = rng.choice(_LOSING)
+    if kind is not None:
+        meets = rng.choice(ACTIVE_STATES) if state is State.STOPPED else meets
+        faults.append(Fault(kind, other, epoch, meets, rng.choice((1, 2, 3, 5))))
+    nth = rng.randrange(10, 40) if target.decision == "COMMIT" else rng.randrange(1, 4 if kind else 8)
+    faults.append(Fault(target.fault, rank, epoch, state, nth, follows=kind is not None))
     return _with_ends(rng, faults)
-
-
-_BEFORE = {
-    State.COMPUTING: (State.COLLECTING, State.COMPUTING),
-    State.AWAITING_CONSENSUS: (State.COMPUTING, State.AWAITING_CONSENSUS),
-}
-"""Ranks differ in these states by local transitions, so another rank may be one behind."""
 
 
 def _with_ends(rng: random.Random, faults: list[Fault]) -> list[Fault]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from eplb_fsm.simulate.run import Run, RunResult, Schedule
 from eplb_fsm.simulate.scenario import Scenario
 
-_MAX_TRIES = 300
+_MAX_TRIES = 150
 
 
 @dataclass(frozen=True, slots=True)
