@@ -160,7 +160,7 @@ def test_a_doubled_step_counts_for_nothing(step_idx: int) -> None:
 
 
 def test_a_skipped_step_heals_or_ends_rebalancing() -> None:
-    """With pass numbers a missing step() is made up for; where a round was due, DESYNC; where a commit was, FailStop."""
+    """With pass numbers a missing step() is made up for; where a round was due, DESYNC; where a commit, FailStop."""
     ends = [_skip(step_idx) for step_idx in range(3, 80)]
     assert set(ends) == {"went on", "DESYNC", "fail-stop"}
 
