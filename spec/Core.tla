@@ -92,7 +92,7 @@ EndEpoch(c, state, kind, reason) ==
     Enter([c EXCEPT !.outcome = [epoch |-> c.epoch, kind |-> kind, reason |-> reason, commits |-> c.chunk],
                     !.plan = NoPlan, !.chunk = 0, !.staged = 0, !.abort = 0], state)
 
-Halt(c, reason) ==
+StopRebalancing(c, reason) ==
     LET quiet == [c EXCEPT !.post_due = Never, !.read_due = Never, !.posted = NoVote]
     IN IF Active(c) THEN EndEpoch(quiet, "STOPPED", "FAILED", reason) ELSE Enter(quiet, "STOPPED")
 
@@ -100,19 +100,23 @@ StartEpoch(c) ==
     Enter([c EXCEPT !.epoch = @ + 1, !.epoch_start = c.step, !.chunk = 0, !.staged = 0, !.plan = NoPlan, !.abort = 0,
                     !.request = FALSE], "COLLECTING")
 
+BeginTransfer(c) == Enter(c, "TRANSFERRING")
+SkipEpoch(c) == EndEpoch(c, "IDLE", "SKIPPED", "none")
+FinishEpoch(c) == EndEpoch(c, "IDLE", "COMMITTED", "none")
+
 CommitChunk(c) ==
     LET next == [c EXCEPT !.chunk = @ + 1, !.live = Successor(@, c.plan, c.chunk)]
-    IN IF next.chunk = NumChunks THEN EndEpoch(next, "IDLE", "COMMITTED", "none") ELSE next
+    IN IF next.chunk = NumChunks THEN FinishEpoch(next) ELSE next
 
 AbortEpoch(c, reason) ==
     EndEpoch([c EXCEPT !.earliest = c.step + Backoff, !.request = TRUE], "IDLE", "ABORTED", reason)
 
 Apply(c, decision) ==
     LET idle == IF Active(c) THEN c ELSE [c EXCEPT !.frozen = (decision.kind = "FREEZE")]
-    IN CASE decision.kind = "STOP" -> Halt(c, decision.reason)
+    IN CASE decision.kind = "STOP" -> StopRebalancing(c, decision.reason)
          [] decision.kind = "START" -> StartEpoch(idle)
-         [] decision.kind = "SKIP" -> EndEpoch(c, "IDLE", "SKIPPED", "none")
-         [] decision.kind = "BEGIN" -> Enter(c, "TRANSFERRING")
+         [] decision.kind = "SKIP" -> SkipEpoch(c)
+         [] decision.kind = "BEGIN" -> BeginTransfer(c)
          [] decision.kind = "COMMIT" -> CommitChunk(c)
          [] decision.kind = "ABORT" -> AbortEpoch(c, decision.reason)
          [] OTHER -> idle
@@ -132,7 +136,7 @@ read_round(c, decision) ==
 (* A last vote, which says STOP and which this rank does not read; after_last_vote is its core from then on. *)
 Leaving(c, reason) == [c EXCEPT !.stop = Stop[reason], !.round = @ + 1]
 last_vote(c, reason) == MakeVote(Leaving(c, reason), 0)
-after_last_vote(c, reason) == Halt(Leaving(c, reason), reason)
+after_last_vote(c, reason) == StopRebalancing(Leaving(c, reason), reason)
 
 (* A commit that was decided and could not be made: what commit_failed takes back before its last vote. *)
 without_commit(c, live) ==
