@@ -54,6 +54,15 @@ class Graph:
         """Return all calls that were made."""
         return {self.table.value(call) for _, call, _ in self.edges}
 
+    def state_changes(self) -> set[tuple[str, str]]:
+        """Return the states that a rank was in before and after a call."""
+        changes = set()
+        for source, call, target in self.edges:
+            rank = self.table.value(call).rank
+            before, after = (self.table.value(self.table.value(state)[rank]) for state in (source, target))
+            changes.add((before["state"], after["state"]))
+        return changes
+
     def cores(self) -> list[dict[str, Any]]:
         """Return the records of all cores that were reached."""
         states = {state for source, _, target in self.edges for state in (source, target)}

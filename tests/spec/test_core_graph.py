@@ -20,7 +20,7 @@ from tlc_graph import SPEC, read_graph, run_tlc
 
 from eplb_fsm.core.rank import RankCore
 from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason
-from eplb_fsm.core.states import State
+from eplb_fsm.core.states import TRANSITIONS, State
 from eplb_fsm.core.votes import Decision, DecisionKind, Vote
 from eplb_fsm.modelcheck.values import Record
 
@@ -34,7 +34,8 @@ class Compared:
 
     difference: str
     calls: set[Call]
-    states: set[str]
+    changes: set[tuple[str, str]]
+    """The states of a rank before and after a call."""
     outcomes: set[tuple[str, str]]
     methods: set[str]
 
@@ -76,14 +77,8 @@ def compare(name: str) -> Compared:
     setup, spec = take_graph(name)
     with recorded_calls() as methods:
         code, difference = explore(setup, spec)
-    cores = code.cores()
-    return Compared(
-        difference,
-        code.calls(),
-        {core["state"] for core in cores},
-        {(core["outcome"]["kind"], core["outcome"]["reason"]) for core in cores},
-        methods,
-    )
+    outcomes = {(core["outcome"]["kind"], core["outcome"]["reason"]) for core in code.cores()}
+    return Compared(difference, code.calls(), code.state_changes(), outcomes, methods)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -112,12 +107,19 @@ def test_the_graphs_take_every_action() -> None:
 
 
 def test_the_graphs_reach_everything() -> None:
-    """Each state, outcome, abort reason and stop reason is reached in some graph."""
+    """Each outcome, abort reason and stop reason is reached in some graph."""
     outcomes = {outcome for name in GRAPHS for outcome in compare(name).outcomes}
-    assert {state for name in GRAPHS for state in compare(name).states} == {state.value for state in State}
     assert {kind for kind, _ in outcomes} - {"none"} == {*OutcomeKind.__members__}
     assert {reason for kind, reason in outcomes if kind == "ABORTED"} == {*AbortReason.__members__}
     assert {reason for kind, reason in outcomes if kind == "FAILED"} == {*StopReason.__members__}
+
+
+def test_the_graphs_make_every_transition() -> None:
+    """Each state is reached, and a rank goes from one to another as the table of transitions says, in every way."""
+    changes = {change for name in GRAPHS for change in compare(name).changes}
+    rows = {(source.value, row.dest.value) for row in TRANSITIONS for source in row.sources}
+    assert {(source, dest) for source, dest in changes if source != dest} == {it for it in rows if it[0] != it[1]}
+    assert {dest for _, dest in changes} == {state.value for state in State}
 
 
 def test_the_graphs_make_every_call() -> None:
