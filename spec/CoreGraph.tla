@@ -119,7 +119,9 @@ GiveUp(r, reason) ==
     /\ \/ Runs(r) /\ ReadIsDue(core[r]) /\ ~InWindow(core[r])
        \/ IsLeaving(core[r]) /\ reason = "TIMEOUT"
     /\ Leaves(r, core[r], "GiveUp", reason)
-Close(r) == Runs(r) /\ Leaves(r, core[r], "Close", "CLOSED")
+Close(r) ==
+    \/ Runs(r) /\ Leaves(r, core[r], "Close", "CLOSED")
+    \/ core[r].state = "STOPPED" /\ Calls("Close", r, "CLOSED") /\ UNCHANGED <<core, cast>>
 ResolveRound(r, committed) ==
     /\ Runs(r)
     /\ ReadIsDue(core[r]) /\ InWindow(core[r])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from graphs import Call, Graph, Table
@@ -12,7 +12,6 @@ from replayed_rank import Move, ReplayedRank, Snapshot
 
 from eplb_fsm.core.states import State
 from eplb_fsm.core.votes import Vote
-from eplb_fsm.modelcheck.values import Record
 
 _NUM_KEPT_VOTES = 3
 """Of each rank; nobody reads an older one any more."""
@@ -31,8 +30,8 @@ class Explorer:
         table: Numbers what the graph is made of.
     """
 
-    def __init__(self, setup: Record, table: Table) -> None:
-        self._setup: Any = setup
+    def __init__(self, setup: Mapping[str, Any], table: Table) -> None:
+        self._setup = setup
         self._ranks = [ReplayedRank(rank, setup, table) for rank in range(self._setup["num_ranks"])]
         self._table = table
         self._casts: dict[tuple[Vote | None, ...], int] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -54,8 +54,8 @@ class ReplayedRank:
         table: Numbers the canonical records.
     """
 
-    def __init__(self, rank: int, setup: Record, table: Table) -> None:
-        self._setup: Any = setup
+    def __init__(self, rank: int, setup: Mapping[str, Any], table: Table) -> None:
+        self._setup = setup
         self._may = self._setup["allowed"][rank]
         self._plans = self._setup["plans"][rank]
         self._table = table
@@ -103,6 +103,8 @@ class ReplayedRank:
         if own.is_resolved:
             yield self._give_up(StopReason.TIMEOUT)
             return
+        if "Close" in self._may:
+            yield "Close", "CLOSED", lambda core: core.close()
         if own.attributes["posted"] is None:
             yield from self._late_results(own)
         if own.state is State.STOPPED:
@@ -176,8 +178,6 @@ class ReplayedRank:
         for name, ask in asks.items():
             if name in self._may:
                 yield name, "none", ask
-        if "Close" in self._may:
-            yield "Close", "CLOSED", lambda core: core.close()
         if "OtherPlacement" in self._may and own.attributes["live_digest"] >= 0:
             yield "OtherPlacement", "none", lambda core: setattr(core, "live_digest", -1)
 
