@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -102,11 +103,14 @@ class RebalanceFSM:
         """
         engine = EngineSide(banks=banks, placements=placements, **engine_side)
         domain = Domain(rank, world_size, generation, name)
-        return cls(
+        fsm = cls(
             connect_parts(
                 store, domain, engine, config, channel=channel, transport=transport, on_peer_lost=on_peer_lost
             )
         )
+        # A daemon thread inside a C++ call when the interpreter is finalized would abort the process.
+        atexit.register(fsm.close)
+        return fsm
 
     def verify_bank(self, probe: Probe, bank: int = 0) -> None:
         """Try out whether moving a bank's registered tensors moves its experts; before :meth:`arm`, on every rank.
@@ -309,13 +313,15 @@ class RebalanceFSM:
         """End rebalancing because this rank serves no more; local, blocks for a few seconds at most. Idempotent.
 
         The others read a last STOP vote and serve on with the maps they have. No forward pass may follow here: a
-        chunk could be committed without this rank. To end rebalancing and serve on, :meth:`request_stop`.
+        chunk could be committed without this rank. To end rebalancing and serve on, :meth:`request_stop`. What was
+        made by :meth:`connect` and never closed is closed when the interpreter exits.
         """
         if not self._is_armed:
             self._parts.leave(UsageError("closed before arm()"))
         self._driver.close(self._step_idx, is_armed=self._is_armed)
         self._next_due = NEVER
         self._parts.close()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> RebalanceFSM:
         """Return itself."""

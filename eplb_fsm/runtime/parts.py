@@ -221,7 +221,7 @@ def assemble(
         observers=tuple(engine.observers),
         own_maps=own_maps,
         staging_bytes=staging.num_bytes,
-        closers=[runner.close, links.channel.close, links.transport.close],
+        closers=[runner.close, links.channel.close, links.transport.close, worker.join],
     )
 
 

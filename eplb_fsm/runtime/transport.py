@@ -6,6 +6,7 @@ waited for, on both sides, also when its epoch was aborted. Only then is a rank 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,9 @@ from eplb_fsm.errors import TransferError, TransportLost
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.gloo import make_group
 from eplb_fsm.runtime.pending import Done, Pending
+
+_UNANSWERED_TAG = (1 << 31) - 1
+"""Of no exchange: those are counted from 1."""
 
 Parcel = tuple[int, torch.Tensor]
 """The other rank, and one flat contiguous uint8 buffer."""
@@ -69,7 +73,7 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the group; any thread."""
+        """Release the group; what still waits on it ends with an error. Any thread."""
         ...
 
 
@@ -89,6 +93,8 @@ class GlooTransport:
         self, domain: Domain, store: dist.Store, timeout_s: float, *, start_timeout_s: float | None = None
     ) -> None:
         self._group = make_group(domain, store, "transfer", timeout_s, start_timeout_s=start_timeout_s)
+        self._world_size = domain.world_size
+        self._other_rank = (domain.rank + 1) % domain.world_size
 
     def begin(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Pending:
         """Post all receives, then all sends: one message for each peer."""
@@ -107,7 +113,15 @@ class GlooTransport:
         return _Works([self._start(self._group.broadcast, [tensor], options)])
 
     def close(self) -> None:
-        """Drop the group."""
+        """Drop the group, and end what still waits on it with an error.
+
+        Gloo can neither cancel a wait nor end one by closing its group. What it does is to close all connections of a
+        group in which one receive has timed out; so one is posted that nobody answers.
+        """
+        if self._world_size > 1:
+            nothing = torch.empty(1, dtype=torch.uint8)
+            with contextlib.suppress(RuntimeError):
+                self._group.recv([nothing], self._other_rank, _UNANSWERED_TAG).wait(timedelta(milliseconds=1))
         self._group.shutdown()
 
     @staticmethod

@@ -116,7 +116,11 @@ class Worker(Protocol):
         ...
 
     def close(self) -> None:
-        """Take no more jobs; the one under way is left to its end for a moment."""
+        """Take no more jobs, and leave those that were submitted to their end for a moment: peers may be in them."""
+        ...
+
+    def join(self) -> None:
+        """Wait for a moment until nothing of the worker runs; after the parts that a job waits for are closed."""
         ...
 
 
@@ -165,6 +169,13 @@ class InlineWorker:
         """Drop what was not begun."""
         self._jobs.clear()
 
+    def join(self) -> None:
+        """Nothing runs outside :meth:`run_inline`."""
+
+
+_CLOSE_WAIT_S = 1.0
+"""How long close() waits for jobs whose peers may be stopped, and then for the thread to end."""
+
 
 class ThreadWorker:
     """Executes jobs in one daemon thread."""
@@ -172,7 +183,6 @@ class ThreadWorker:
     def __init__(self, mailbox: Mailbox, name: str) -> None:
         self._mailbox = mailbox
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -189,16 +199,16 @@ class ThreadWorker:
         """Nothing: the thread runs by itself."""
 
     def close(self) -> None:
-        """End the thread after the job under way, whose peers may be in it; wait for a second at most."""
-        self._is_closing = True
+        """End the thread after the last job: ranks that close at the same step have submitted the same ones."""
         self._jobs.put(None)
-        self._thread.join(timeout=1.0)
+        self.join()
+
+    def join(self) -> None:
+        """Wait for the thread's end: one that is inside gloo when the interpreter is finalized aborts the process."""
+        self._thread.join(_CLOSE_WAIT_S)
 
     def _run(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if job is None or self._is_closing:
-                return
+        while (job := self._jobs.get()) is not None:
             run_blocking(job, self._mailbox)
 
 
@@ -222,6 +232,9 @@ class CooperativeWorker:
     def close(self) -> None:
         """Drop everything."""
         self._jobs.clear()
+
+    def join(self) -> None:
+        """Nothing runs outside :meth:`advance`."""
 
     def advance(self) -> bool:
         """Run the current job up to its next wait; False when there is nothing that can go on."""

@@ -49,8 +49,8 @@ def test_whatever_a_job_raises_becomes_one_message_and_its_end_another(error: Ex
     assert (done, next_done) == (JobDone(3), JobDone(4))
 
 
-def test_close_ends_after_the_job_under_way_and_drops_the_others() -> None:
-    """Jobs that were not begun are not begun after close(); the one under way is run to its end."""
+def test_close_ends_after_the_jobs_that_were_submitted() -> None:
+    """Peers may be in them already: a rank that closes between two jobs must not leave them waiting for the second."""
     mailbox = Mailbox()
     worker = ThreadWorker(mailbox, "eplb-fsm-worker-test")
     begun, go_on = threading.Event(), threading.Event()
@@ -66,7 +66,7 @@ def test_close_ends_after_the_job_under_way_and_drops_the_others() -> None:
     threading.Timer(0.2, go_on.set).start()
     worker.close()
     assert not worker.is_alive
-    assert _messages(mailbox) == [JobDone(1)]
+    assert _messages(mailbox) == [JobDone(1), JobDone(2)]
 
 
 def test_close_ends_the_wait_of_a_paced_transfer() -> None:
