@@ -19,6 +19,11 @@ NoPlan == "none"
 SkipPlan == "skip"
 Never == 1000000
 
+(* What may differ from plan to plan where plans are real ones (Traces.tla). *)
+ChunksOf(plan) == NumChunks
+IsSkip(plan) == plan = SkipPlan
+DeadlineIn(state, plan) == Deadline[state]
+
 ActiveStates == {"COLLECTING", "COMPUTING", "AWAITING_CONSENSUS", "TRANSFERRING"}
 States == ActiveStates \cup {"IDLE", "STOPPED"}
 NoOutcome == [epoch |-> 0, kind |-> "none", reason |-> "none", commits |-> 0]
@@ -62,7 +67,7 @@ transport_lost(c) == [c EXCEPT !.stop = Stop.TRANSPORT]
 Progress(c) ==
     CASE ~Active(c) -> IdleVote
       [] c.state = "TRANSFERRING" -> IF c.staged > c.chunk THEN StagedVote ELSE StagingVote
-      [] c.state = "AWAITING_CONSENSUS" -> IF c.plan = SkipPlan THEN SkipVote ELSE ReadyVote
+      [] c.state = "AWAITING_CONSENSUS" -> IF IsSkip(c.plan) THEN SkipVote ELSE ReadyVote
       [] OTHER -> BusyVote
 
 VotedPlan(c) == c.plan
@@ -70,14 +75,14 @@ VotedPlan(c) == c.plan
 MakeVote(c, pass) ==
     [generation |-> 0, round |-> c.round, step |-> c.step, pass |-> pass, epoch |-> c.epoch, live |-> c.live,
      progress |-> Progress(c), chunk |-> c.chunk,
-     num_chunks |-> IF c.plan \in {NoPlan, SkipPlan} THEN 0 ELSE NumChunks,
+     num_chunks |-> IF c.plan = NoPlan \/ IsSkip(c.plan) THEN 0 ELSE ChunksOf(c.plan),
      plan |-> VotedPlan(c), abort |-> c.abort, stop |-> c.stop, request |-> c.request, drained |-> c.drained,
      freeze |-> c.freeze, earliest |-> c.earliest]
 
 (* A deadline votes; it never acts. *)
 VoteOnDeadlines(c) ==
     LET waited == c.step - c.entered
-    IN IF Active(c) /\ waited > Deadline[c.state] THEN SetAbort(c, "DEADLINE_" \o c.state)
+    IN IF Active(c) /\ waited > DeadlineIn(c.state, c.plan) THEN SetAbort(c, "DEADLINE_" \o c.state)
        ELSE IF ~Active(c) /\ ~c.drained /\ waited > DrainDeadline THEN [c EXCEPT !.stop = Stop.TRANSPORT]
        ELSE c
 
@@ -106,7 +111,7 @@ FinishEpoch(c) == EndEpoch(c, "IDLE", "COMMITTED", "none")
 
 CommitChunk(c) ==
     LET next == [c EXCEPT !.chunk = @ + 1, !.live = Successor(@, c.plan, c.chunk)]
-    IN IF next.chunk = NumChunks THEN FinishEpoch(next) ELSE next
+    IN IF next.chunk = ChunksOf(c.plan) THEN FinishEpoch(next) ELSE next
 
 AbortEpoch(c, reason) ==
     EndEpoch([c EXCEPT !.earliest = c.step + Backoff, !.request = TRUE], "IDLE", "ABORTED", reason)
@@ -164,4 +169,30 @@ resolve(journals, round) ==
     THEN IF \E j \in journals : j.read = round /\ j.read_commit THEN "COMMIT" ELSE "ABORT"
     ELSE IF (\E j \in journals : DidNotVoteStaged(j, round)) \/ (\A j \in journals : j.gave_up = round) THEN "ABORT"
     ELSE "open"
+
+(* -- what must hold of the cores of all ranks -------------------------------------------------------------------- *)
+
+SamePlanIn(cores) ==
+    \A one, two \in DOMAIN cores :
+        cores[one].state = "TRANSFERRING" /\ cores[two].state = "TRANSFERRING" /\ cores[one].epoch = cores[two].epoch
+            => cores[one].plan = cores[two].plan
+
+(* Who transfers does so with the plan of every other rank that serves, unless that has left the epoch since. *)
+NoTransferWithoutConsensusIn(cores, serving) ==
+    \A r \in DOMAIN cores, other \in serving :
+        cores[r].state = "TRANSFERRING" =>
+            \/ cores[other].epoch = cores[r].epoch /\ cores[other].plan = cores[r].plan
+            \/ cores[other].outcome.epoch >= cores[r].epoch
+
+(* A promise is one of a chunk that is staged, and the next to be committed. *)
+CommitCannotFailIn(c) ==
+    InWindow(c) => c.state = "TRANSFERRING" /\ c.staged > c.chunk /\ c.chunk = c.posted.chunk
+
+OutcomeRecordedIn(c) == c.epoch > 0 /\ ~Active(c) => c.outcome.epoch = c.epoch
+
+(* core/deadlines.py derives it. *)
+EpochBound(plan, lag) ==
+    DeadlineIn("COLLECTING", plan) + DeadlineIn("COMPUTING", plan) + DeadlineIn("AWAITING_CONSENSUS", plan)
+    + DeadlineIn("TRANSFERRING", plan) + 6 * lag
+EpochBoundedIn(c, lag) == Active(c) => c.step - c.epoch_start <= EpochBound(c.plan, lag)
 =============================================================================

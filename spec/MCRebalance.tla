@@ -72,17 +72,9 @@ SameStepCommit ==
     \A one, two \in commits :
         one.epoch = two.epoch /\ one.chunk = two.chunk => one.step = two.step /\ one.plan = two.plan
 
-SamePlan ==
-    \A one, two \in Ranks :
-        core[one].state = "TRANSFERRING" /\ core[two].state = "TRANSFERRING" /\ core[one].epoch = core[two].epoch
-            => core[one].plan = core[two].plan
+SamePlan == SamePlanIn(core)
 
-NoTransferWithoutConsensus ==
-    \A r, other \in Ranks :
-        core[r].state = "TRANSFERRING" =>
-            \/ core[other].epoch = core[r].epoch /\ core[other].plan = core[r].plan
-            \/ core[other].outcome.epoch >= core[r].epoch
-            \/ up[other] # "up"
+NoTransferWithoutConsensus == NoTransferWithoutConsensusIn(core, {r \in Ranks : IsUp(r)})
 
 NoOverwriteBeforeConsumed ==
     \A r \in Ranks :
@@ -97,11 +89,7 @@ NoStaleReceive ==
     \A r, other \in Ranks : \A i \in 1 .. Len(jobs[other]) :
         Active(core[r]) => jobs[other][i].epoch >= core[r].epoch
 
-CommitCannotFail ==
-    \A r \in Ranks : IsUp(r) /\ window[r] # "resolved" /\ InWindow(core[r]) =>
-        /\ core[r].state = "TRANSFERRING"
-        /\ core[r].staged > core[r].chunk
-        /\ core[r].chunk = core[r].posted.chunk
+CommitCannotFail == \A r \in Ranks : IsUp(r) /\ window[r] # "resolved" => CommitCannotFailIn(core[r])
 
 NoCommitAfterAbort ==
     \A commit \in commits :
@@ -113,12 +101,8 @@ StoppedHarmless ==
     [][\A r \in Ranks : core[r].state = "STOPPED" =>
           core'[r].state = "STOPPED" /\ core'[r].live = core[r].live /\ enqueued'[r] = enqueued[r]]_<<vars, history>>
 
-OutcomeRecorded == \A r \in Ranks : core[r].epoch > 0 /\ ~Active(core[r]) => core[r].outcome.epoch = core[r].epoch
-
-(* core/deadlines.py derives it. *)
-EpochBound ==
-    Deadline["COLLECTING"] + Deadline["COMPUTING"] + Deadline["AWAITING_CONSENSUS"] + Deadline["TRANSFERRING"] + 6 * Lag
-EpochBounded == \A r \in Ranks : Active(core[r]) => core[r].step - core[r].epoch_start <= EpochBound
+OutcomeRecorded == \A r \in Ranks : OutcomeRecordedIn(core[r])
+EpochBounded == \A r \in Ranks : EpochBoundedIn(core[r], Lag)
 
 (* Who stops has voted in every round that the others have posted by then, so nobody waits for it. *)
 NoSilentStop ==
