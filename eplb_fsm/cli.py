@@ -1,4 +1,4 @@
-"""The command line: `eplb-fsm demo`, `eplb-fsm decode` and `eplb-fsm spec`.
+"""The command line: `eplb-fsm demo`, `decode`, `spec`, `trace` and `simulate`.
 
 Exit status: 0 all went as promised; 1 a promise was broken (runs differ, an epoch failed, nothing was committed, a
 rank was lost); 2 wrong usage or a configuration that cannot work; 130 interrupted.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from eplb_fsm.config import ENV_PREFIX, RebalanceConfig
 from eplb_fsm.errors import ConfigError, EplbError
 from eplb_fsm.modelcheck.command import add_spec_command, run_spec
+from eplb_fsm.modelcheck.trace_command import add_trace_command, run_trace
 from eplb_fsm.simulate.arguments import add_arguments as add_simulate_arguments
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--enable-eplb-rebalance-async", action="store_true", help="rebalance in the background; without it: sync"
     )
     add_spec_command(commands, _Parser)
+    add_trace_command(commands, _Parser)
     simulate = commands.add_parser(
         "simulate",
         help="explore seeded interleavings of ranks, workers and faults",
@@ -301,6 +303,8 @@ def _run(args: argparse.Namespace, tamper: Tamper | None) -> int | Failure:
     try:
         if args.command == "spec":
             return run_spec(args, os.environ)
+        if args.command == "trace":
+            return run_trace(args, os.environ)
         _check_files(args)
         if args.command == "simulate":
             return _simulate(args)

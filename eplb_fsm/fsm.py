@@ -149,6 +149,7 @@ class RebalanceFSM:
         self._step_idx = 0
         self._pass_before = None
         self._next_due = self._core.next_due
+        self._driver.arm()
 
     def record(self, layer: int, topk_ids: torch.Tensor, valid: torch.Tensor | None = None, bank: int = 0) -> None:
         """Count the tokens of one MoE layer; inside the forward pass, never blocks, no host sync.
@@ -210,11 +211,11 @@ class RebalanceFSM:
 
     def request_rebalance(self) -> None:
         """Ask for an epoch; any thread, any rank, never blocks. It starts at an agreed step."""
-        self._core.request_rebalance()
+        self._driver.ask("Request", self._core.request_rebalance)
 
     def request_abort(self) -> None:
         """Ask to abort the epoch under way; decode thread, any rank, never blocks."""
-        self._core.request_abort()
+        self._driver.ask_now("AskAbort", self._core.request_abort)
 
     def request_freeze(self) -> None:
         """Ask for a freeze; any thread, any rank, never blocks.
@@ -223,18 +224,18 @@ class RebalanceFSM:
         drained, and none starts until every rank that asked has called :meth:`request_unfreeze`. A rank that is
         STOPPED is frozen once it is drained.
         """
-        self._core.request_freeze()
+        self._driver.ask("Freeze", self._core.request_freeze)
 
     def request_unfreeze(self) -> None:
         """Take this rank's :meth:`request_freeze` back; any thread, never blocks."""
-        self._core.request_unfreeze()
+        self._driver.ask("Unfreeze", self._core.request_unfreeze)
 
     def request_stop(self) -> None:
         """Ask to end rebalancing for good; any thread, any rank, never blocks. Serving goes on.
 
         From an agreed step on all ranks are STOPPED, with the maps they have.
         """
-        self._core.request_stop()
+        self._driver.ask("AskStop", self._core.request_stop)
 
     # -- what there is to see -------------------------------------------------------------------------------
 

@@ -225,7 +225,7 @@ def commit_cannot_fail(events: Iterable[Recorded]) -> list[str]:
     return [
         f"rank {event.rank} step {event.step_idx}: {event.detail.get('text')}"
         for event in events
-        if event.action == "FailStop" and event.detail.get("is_commit")
+        if event.action == "CommitFailed"
     ]
 
 

@@ -77,8 +77,9 @@ class RankCore:
         self.state_entered_step = 0
         self.posted: Vote | None = None
         """The vote of a round that was posted and not read yet."""
-        self._idle_interval = min(config.idle_round_interval, config.step_interval or NEVER)
-        self.post_due = self._idle_interval
+        self.idle_interval = min(config.idle_round_interval, config.step_interval or NEVER)
+        """Steps between two rounds in IDLE."""
+        self.post_due = self.idle_interval
         self.read_due = NEVER
         self.plan: PlanTerms | None = None
         self.chunk_idx = 0
@@ -93,7 +94,8 @@ class RankCore:
         self._abort_word = 0
         self._stop_word = 0
         self._num_aborts_in_a_row = 0
-        self._earliest_next_step = 0
+        self.earliest_next_step = 0
+        """No epoch starts in a round posted before this step: the back-off after an abort."""
         self._interval_due = config.step_interval or NEVER
 
     # -- what the engine asks for; any step, any rank ---------------------------------------------------
@@ -187,6 +189,16 @@ class RankCore:
     def is_active(self) -> bool:
         """True while an epoch is under way."""
         return self.state in ACTIVE_STATES
+
+    @property
+    def is_interval_due(self) -> bool:
+        """True once the interval between two epochs is over: a request of its own."""
+        return self.step_idx >= self._interval_due
+
+    @property
+    def wishes(self) -> tuple[bool, bool, int, int]:
+        """What the next vote asks for: a rebalance, a freeze, an abort, a stop (the words of the latter two)."""
+        return self._wants_rebalance, self._wants_freeze, self._abort_word, self._stop_word
 
     @property
     def next_due(self) -> int:
@@ -290,10 +302,10 @@ class RankCore:
             plan_digest=plan.digest if plan else 0,
             abort=self._abort_word,
             stop=self._stop_word,
-            request=int(self._wants_rebalance or self.step_idx >= self._interval_due),
+            request=int(self._wants_rebalance or self.is_interval_due),
             drained=int(self.drained),
             freeze=int(self._wants_freeze),
-            earliest_next_step=self._earliest_next_step,
+            earliest_next_step=self.earliest_next_step,
             lag=self.wanted_lag,
         )
 
@@ -338,7 +350,7 @@ class RankCore:
             self.post_due = self.step_idx
         else:
             last = max(posted.step_idx, self.step_idx - 1)
-            self.post_due = (last // self._idle_interval + 1) * self._idle_interval
+            self.post_due = (last // self.idle_interval + 1) * self.idle_interval
 
     def _start(self) -> None:
         self.epoch += 1
@@ -362,7 +374,7 @@ class RankCore:
     def _abort(self, decision: Decision) -> None:
         self._num_aborts_in_a_row += 1
         backoff = self.config.backoff_steps << min(self._num_aborts_in_a_row - 1, 32)
-        self._earliest_next_step = self.step_idx + min(backoff, self.config.max_backoff_steps)
+        self.earliest_next_step = self.step_idx + min(backoff, self.config.max_backoff_steps)
         self._wants_rebalance = True
         self._end_epoch("abort_epoch", OutcomeKind.ABORTED, decision.reason, decision.detail)
 

@@ -93,7 +93,7 @@ def _check(args: argparse.Namespace, folder: Path, checks: list[Check], environ:
     if args.update:
         results = [_as_recorded(result) for result in results]
         _update(folder, results)
-    _write_json(args.json, results)
+    write_json(args.json, [result.as_json() for result in results])
     surprises = [result.check.name for result in results if result.surprise]
     summary = f"{len(results)} checks: "
     summary += f"{len(surprises)} SURPRISES: {', '.join(surprises)}" if surprises else "all as expected"
@@ -125,10 +125,15 @@ def result_line(result: Result, width: int = 0) -> str:
     return "\n    | ".join([line, *run.message.splitlines()])
 
 
-def _write_json(target: str | None, results: Sequence[Result]) -> None:
+def write_json(target: str | None, results: Sequence[dict[str, Any]]) -> None:
+    """Write results to a file, to the standard output for ``-``, or nowhere for None.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
     if target is None:
         return
-    text = json.dumps([result.as_json() for result in results], indent=2) + "\n"
+    text = json.dumps(results, indent=2) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return

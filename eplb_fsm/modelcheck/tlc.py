@@ -87,22 +87,41 @@ class Tlc:
             ConfigError: If Java cannot be started.
         """
         start = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="tlc-") as scratch:  # TLC unpacks its modules there, too
-            output = self._output(module, cfg.resolve(), scratch)
-        return read_output(output, time.monotonic() - start)
+        return read_output(self._output(module, cfg), time.monotonic() - start)
+
+    def evaluate(self, module: Path, cfg: Path, *, library: Path) -> tuple[str, str]:
+        """Run a model for what it prints; blocks until TLC ends.
+
+        Args:
+            module: The .tla file.
+            cfg: The model of it.
+            library: Folder of the modules that it extends.
+
+        Returns:
+            All that TLC wrote, and its last words, for the case that something is missing in it.
+
+        Raises:
+            ConfigError: If Java cannot be started.
+        """
+        output = self._output(module, cfg, "-XX:TieredStopAtLevel=1", f"-DTLA-Library={library.resolve()}")
+        return output, _last_words(output)
 
     def end(self) -> None:
         """End the runs that are under way; their threads go on with what was written until then."""
         for process in tuple(self._running):
             process.kill()
 
-    def _output(self, module: Path, cfg: Path, scratch: str) -> str:
-        command = [self._java, *_JVM, f"-Djava.io.tmpdir={scratch}", "-cp", str(self._jar.resolve()), "tlc2.TLC"]
-        command += ["-tool", "-workers", "1", "-deadlock", "-metadir", scratch, "-config", str(cfg), module.name]
+    def _output(self, module: Path, cfg: Path, *options: str) -> str:
+        with tempfile.TemporaryDirectory(prefix="tlc-") as scratch:  # TLC unpacks its modules there, too
+            command = [self._java, *_JVM, *options, f"-Djava.io.tmpdir={scratch}"]
+            command += ["-cp", str(self._jar.resolve()), "tlc2.TLC", "-tool", "-workers", "1", "-deadlock"]
+            return self._run([*command, "-metadir", scratch, "-config", str(cfg.resolve()), module.name], module.parent)
+
+    def _run(self, command: list[str], folder: Path) -> str:
         try:
             process = subprocess.Popen(
                 command,
-                cwd=module.parent,
+                cwd=folder,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

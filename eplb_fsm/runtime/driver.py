@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NoReturn
+from collections import deque
+from collections.abc import Callable
+from typing import NoReturn
 
 from eplb_fsm.core.rank import Outcome, RankCore
 from eplb_fsm.core.reasons import AbortReason, StopReason
 from eplb_fsm.core.states import State
 from eplb_fsm.core.votes import Decision, DecisionKind, Tally
 from eplb_fsm.errors import ConsensusTimeout, EplbError, FailStop, UsageError
-from eplb_fsm.observe.events import Event, Observers
+from eplb_fsm.observe.recorder import EventRecorder
 from eplb_fsm.runtime import worker as messages
 from eplb_fsm.runtime.parts import Parts
 from eplb_fsm.runtime.rounds import Lost, Resolved, Unresolved, Wait
@@ -43,8 +45,8 @@ class Driver:
             lag=parts.lag,
             generation=parts.domain.generation,
         )
-        self._observers = Observers(tuple(parts.observers))
-        self._num_events = 0
+        self._recorder = EventRecorder(self.core, parts.observers)
+        self._requests: deque[tuple[str, Callable[[], None]]] = deque()
         self._is_sync = parts.config.mode == "sync"
         self._last_rotate_step = 0
         self._late_mark = (0, 0)
@@ -93,6 +95,27 @@ class Driver:
             return self.core.step_idx + self._parts.config.idle_round_interval
         return self.core.next_due
 
+    def arm(self) -> None:
+        """Record what the agreed step 0 begins with."""
+        self._recorder.record_init(self._parts.domain.world_size)
+
+    def ask(self, action: str, request: Callable[[], None]) -> None:
+        """Have the core asked for something before its next vote; any thread.
+
+        Args:
+            action: Its name in the spec.
+            request: The method of the core.
+        """
+        if self.core.state is not State.STOPPED:
+            self._requests.append((action, request))
+
+    def ask_now(self, action: str, request: Callable[[], None]) -> None:
+        """Ask the core for something; recorded if that changes what it will vote."""
+        wishes = self.core.wishes
+        request()
+        if self.core.wishes != wishes:
+            self._recorder.record(action)
+
     def close(self, step_idx: int, *, is_armed: bool) -> None:
         """Stop on this rank and post a last vote."""
         self.core.step_idx = step_idx
@@ -100,19 +123,29 @@ class Driver:
             self._rounds.give_up_reading(self.core.round_idx)
         vote = self.core.close()
         if vote is not None and is_armed:
+            self._recorder.record("Close", outcome=self._note_outcome())
             self._rounds.post_last(vote)
-            self._emit("Close", outcome=self._note_outcome())
+
+    def _take_requests(self) -> None:
+        while self._requests:
+            self.ask_now(*self._requests.popleft())
+        if self.core.is_interval_due:
+            self.ask_now("Request", self.core.request_rebalance)
 
     def _post(self, pass_id: int, now: float) -> None:
+        self._take_requests()
         self._rotate_window()
         self.core.drained = self._runner.is_drained
         vote = self.core.post_vote(pass_id)
+        self._recorder.record_vote(vote)  # first, so that the trace of a rank that dies has every vote that others read
         self._rounds.post(vote)
-        self._emit("PostVote", progress=vote.progress, abort=vote.abort, stop=vote.stop)
         self._parts.gauge.note(self.core.step_idx, now, is_transferring=self.core.state is State.TRANSFERRING)
 
     def _read(self, round_idx: int, now: float) -> Wait | None:
+        gave_up_round = self._rounds.journal.gave_up_round
         result = self._rounds.read(round_idx, now, in_window=self.core.in_window, counts_late=not self._is_sync)
+        if self._rounds.journal.gave_up_round != gave_up_round:
+            self._recorder.record("GiveUpReading")
         if isinstance(result, Wait):
             return result
         if isinstance(result, Tally):
@@ -122,7 +155,7 @@ class Driver:
         elif isinstance(result, Resolved):
             decision = self.core.resolve_round(committed=result.committed, reason=result.lost.reason)
             self._rounds.note_decision(round_idx, committed=result.committed)
-            self._carry_out(decision, "ResolveRound")
+            self._carry_out(decision, "ResolveRound", result.lost.reason.name)
             self._give_up(result.lost)
         else:
             self._fail_unresolved(result)
@@ -139,7 +172,7 @@ class Driver:
         if not self.core.is_active:
             self._raise_lag()
 
-    def _carry_out(self, decision: Decision, action: str) -> None:
+    def _carry_out(self, decision: Decision, action: str, lost: str = "") -> None:
         kind = decision.kind
         if kind is DecisionKind.START:
             self._runner.start(self.core.epoch)
@@ -149,8 +182,14 @@ class Driver:
             self._commit()
         if not self.core.is_active:
             self._runner.drop()
-        reason = decision.reason and decision.reason.name
-        self._emit(action, decision=kind.value, reason=reason, outcome=self._note_outcome())
+        self._recorder.record(
+            action,
+            decision=kind.value,
+            reason=decision.reason.name if decision.reason else "",
+            outcome=self._note_outcome(),
+            earliest_next_step=self.core.earliest_next_step,
+            lost=lost,
+        )
         self._log(decision)
 
     def _commit(self) -> None:
@@ -161,9 +200,10 @@ class Driver:
             self._runner.commit()
         except Exception as error:
             detail = f"a promised commit failed: {error}"
-            self._rounds.post_last(self.core.commit_failed(detail))
-            self._note_outcome()
-            self._fail_stop(FailStop(detail, [self.core.rank]), is_commit=True)
+            vote = self.core.commit_failed(detail)
+            self._recorder.record("CommitFailed", text=detail, outcome=self._note_outcome())
+            self._rounds.post_last(vote)
+            self._fail_stop(FailStop(detail, [self.core.rank]))
         self.core.live_digest = self._runner.live_digest
 
     def _give_up(self, lost: Lost) -> None:
@@ -173,13 +213,15 @@ class Driver:
         missing = self._parts.missing_ranks(self.core.round_idx) if waited else ()
         detail = f"{lost.detail}; missing ranks: {list(missing) or 'not known yet, see health().peers'}"
         self._parts.watch_closely()
-        self._rounds.post_last(self.core.give_up(lost.reason, detail))
+        vote = self.core.give_up(lost.reason, detail)
+        self._recorder.record("GiveUp", reason=lost.reason.name, outcome=self._note_outcome())
+        self._rounds.post_last(vote)
         self._runner.drop()
-        self._emit("GiveUp", reason=lost.reason.name, outcome=self._note_outcome())
         logger.error("rank %d: rebalancing stopped (%s): %s", self.core.rank, lost.reason.name, detail)
 
     def _fail_unresolved(self, unresolved: Unresolved) -> None:
         ranks = unresolved.silent_ranks
+        self._recorder.record("FailStop", cause="UNRESOLVED")
         self._fail_stop(
             ConsensusTimeout(
                 f"rank {self.core.rank} voted to commit a chunk and the decision was lost "
@@ -190,10 +232,8 @@ class Driver:
             )
         )
 
-    def _fail_stop(self, error: EplbError, *, is_commit: bool = False) -> NoReturn:
-        if self._fatal is None:
-            self._fatal = error
-            self._emit("FailStop", text=self.failure, is_commit=is_commit)
+    def _fail_stop(self, error: EplbError) -> NoReturn:
+        self._fatal = self._fatal or error
         self._parts.fail_stop(error)
         raise error  # it must not return; if it did, an exception is what is left
 
@@ -211,22 +251,22 @@ class Driver:
         core = self.core
         if isinstance(message, messages.LoadCollected):
             if core.load_collected(message.epoch):
-                self._emit("LoadCollected")
+                self._recorder.record("LoadCollected")
         elif isinstance(message, messages.PlanReady):
             if message.epoch == core.epoch and core.state is State.COMPUTING:
                 terms = self._runner.accept_plan(message.plan, core.lag)
                 core.plan_ready(message.epoch, terms)
-                self._emit(
+                self._recorder.record(
                     "PlanReady",
                     plan_digest=terms.digest,
-                    skip=message.plan.skip_reason,
+                    skip=terms.skip,
                     num_chunks=terms.num_chunks,
                     deadline_steps=terms.deadline_steps,
                 )
         elif isinstance(message, messages.ChunkStaged):
             if core.chunk_staged(message.epoch, message.program.chunk_idx):
                 self._runner.keep_staged(message.program)
-                self._emit("ChunkStaged")
+                self._recorder.record("ChunkStaged", digest=message.program.digest)
         elif isinstance(message, messages.JobDone):
             self._runner.job_done()
         else:
@@ -236,16 +276,21 @@ class Driver:
         if isinstance(message, messages.WorkFailed):
             self._work_failed(message.epoch, message.reason, message.detail)
         elif isinstance(message, messages.TransportGone):
-            logger.error("rank %d: %s; voting to stop", self.core.rank, message.detail)
-            self.core.transport_lost()
-            self._emit("TransportLost", text=message.detail)
+            self._transport_lost(message.detail)
         else:
+            self._recorder.record("FailStop", cause="SLOT_DAMAGED")
             self._fail_stop(FailStop(f"rank {self.core.rank}: {message.detail}", [self.core.rank]))
 
     def _work_failed(self, epoch: int, reason: AbortReason, detail: str) -> None:
         if self.core.work_failed(epoch, reason):
             logger.warning("rank %d epoch %d: %s: %s; voting to abort", self.core.rank, epoch, reason.name, detail)
-            self._emit("WorkFailed", reason=reason.name, text=detail)
+            self._recorder.record("WorkFailed", reason=reason.name, text=detail)
+
+    def _transport_lost(self, detail: str) -> None:
+        if self.core.state is not State.STOPPED:
+            logger.error("rank %d: %s; voting to stop", self.core.rank, detail)
+            self.core.transport_lost()
+            self._recorder.record("TransportLost", text=detail)
 
     # -- housekeeping ---------------------------------------------------------------------------------------
 
@@ -291,26 +336,3 @@ class Driver:
                 decision.reason.name if decision.reason else "",
                 decision.detail or (f"asked for by rank {decision.rank}" if decision.rank >= 0 else ""),
             )
-
-    def _emit(self, action: str, **detail: Any) -> None:
-        if not self._observers:
-            return
-        core = self.core
-        self._num_events += 1
-        self._observers.on_event(
-            Event(
-                seq=self._num_events,
-                rank=core.rank,
-                step_idx=self.core.step_idx,
-                action=action,
-                state=core.state.value,
-                epoch=core.epoch,
-                round_idx=core.round_idx,
-                chunk_idx=core.chunk_idx,
-                num_staged=core.num_staged,
-                is_drained=self._runner.is_drained,
-                is_frozen=self.is_frozen,
-                live_digest=core.live_digest,
-                detail=detail,
-            )
-        )

@@ -53,7 +53,7 @@ def project_core(core: RankCore) -> Record:
         freeze=core._wants_freeze,
         frozen=core.is_frozen,
         drained=core.drained,
-        earliest=core._earliest_next_step,
+        earliest=core.earliest_next_step,
         entered=core.state_entered_step,
         epoch_start=core.epoch_start_step,
         live=core.live_digest,

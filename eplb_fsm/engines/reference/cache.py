@@ -11,7 +11,7 @@ SEEN_BLOCK = 32
 class SlotCache:
     """Keys and values of all layers, allocated once; a slot is reset by starting again at position 0.
 
-    It is handed to transformers' attention as `past_key_values`, of which that calls only `update`.
+    It is handed to transformers' attention as its cache, of which that calls only `update`.
 
     Args:
         num_layers: Layers of the model.

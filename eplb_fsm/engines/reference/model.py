@@ -6,6 +6,7 @@ parallel, so in every layer all ranks meet in the exchange, also those that have
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ class ParallelModel:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._check(model)
         self._transformer, self._head = model.model, model.lm_head
+        # What transformers 5.24 calls `cache` was `past_key_values` before.
+        words = signature(type(self._transformer.layers[0]).forward).parameters
+        self._cache_word = "cache" if "cache" in words else "past_key_values"
         self.experts = [self._partition(layer, block, group) for layer, block in enumerate(self._transformer.layers)]
         self.cache = SlotCache(
             self.config.num_hidden_layers,
@@ -153,9 +157,9 @@ class ParallelModel:
             hidden = layer(
                 hidden,
                 attention_mask=mask,
-                past_key_values=self.cache,
                 use_cache=True,
                 position_embeddings=rotation,
+                **{self._cache_word: self.cache},
             )
         return self._head(self._transformer.norm(hidden))[:, 0]  # type: ignore[no-any-return]
 

@@ -83,7 +83,7 @@ BAD: list[tuple[str, Sequence[Event]]] = [
         "no_commit_after_abort",
         [*GOOD, replace(event(2, 2, "ReadRound", "IDLE", decision="ABORT"), detail={"outcome": "ABORTED"})],
     ),
-    ("commit_cannot_fail", [*GOOD, event(1, 3, "FailStop", "IDLE", text="no", is_commit=True)]),
+    ("commit_cannot_fail", [*GOOD, event(1, 3, "CommitFailed", "IDLE", text="no")]),
     (
         "stopped_harmless",
         [*GOOD, event(1, 4, "GiveUp", "STOPPED"), event(1, 5, "PostVote", "STOPPED", abort=0, stop=0)],

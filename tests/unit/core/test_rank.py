@@ -126,7 +126,7 @@ def test_back_off_doubles_up_to_its_bound() -> None:
         run_until(it, DecisionKind.START)
         it.work_failed(it.epoch, AbortReason.POLICY_ERROR)
         run_until(it, DecisionKind.ABORT)
-        pauses.append(it._earliest_next_step - it.step_idx)
+        pauses.append(it.earliest_next_step - it.step_idx)
     assert pauses == [5, 10, 20, 40, 40, 40]
     run_until(it, DecisionKind.START)
     it.load_collected(it.epoch)
@@ -136,7 +136,7 @@ def test_back_off_doubles_up_to_its_bound() -> None:
     run_until(it, DecisionKind.START)
     it.request_abort()
     run_until(it, DecisionKind.ABORT)
-    assert it._earliest_next_step - it.step_idx == 5
+    assert it.earliest_next_step - it.step_idx == 5
 
 
 @pytest.mark.parametrize("word", [{"drained": 0}, {"freeze": 1}, {"earliest_next_step": 10_000}])

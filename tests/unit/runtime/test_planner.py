@@ -58,7 +58,7 @@ def test_a_policy_error_is_the_plans_and_a_restart_follows_a_death(
     """Raising, exiting and hanging are POLICY_ERROR with words; the planner goes on, with a new child where it must."""
     marker = tmp_path / "marker"
     monkeypatch.setenv(MARKER, str(marker))
-    planner = ProcessPlanner(_task("tests.dist.policies:Marked"), start_timeout_s=30, plan_timeout_s=1)
+    planner = ProcessPlanner(_task("tests.dist.policies:Marked"), start_timeout_s=30, plan_timeout_s=5)
     before = _num_open_files()
     for how, words in (
         ("raise", "ValueError: this policy does not like the load"),
