@@ -10,7 +10,9 @@
    not in a trace. *)
 EXTENDS Core, TLC
 
-CONSTANT Runs   \* a sequence of records: constants of the run, its plans, and the events of each rank
+(* A sequence of records: constants of a run, its plans, and the events of each rank. The module of the runs, which
+   extends this one, puts it into TLC's register 1: as a constant TLC would look through all of it again and again. *)
+Runs == TLCGet(1)
 
 VARIABLES
     run,       \* which of them
@@ -115,7 +117,9 @@ Posting(r, e, c) ==
         vote == after.posted
         says == [progress |-> vote.progress, abort |-> vote.abort, stop |-> vote.stop, request |-> vote.request,
                  freeze |-> vote.freeze, earliest |-> vote.earliest]
-    IN [Becomes(c.state # "STOPPED" /\ window[r] = "no" /\ PostIsDue(c) /\ says = e.vote, after)
+        last == cast[r][1]
+        raises == last # NoVote => last.lag <= e.lag  \* what a rank asks for grows and never falls
+    IN [Becomes(c.state # "STOPPED" /\ window[r] = "no" /\ PostIsDue(c) /\ says = e.vote /\ raises, after)
         EXCEPT !.vote = WithLag(vote, e.lag)]
 
 (* How long the back-off after an abort is, is up to the code, within its bounds. *)

@@ -16,7 +16,6 @@ from eplb_fsm.modelcheck.values import Value, parse_value
 
 _MODULE = "RecordedRuns"
 _OVERRIDES = {
-    "Runs": "RecordedRunsOfRanks",
     "Setup": "NoSetup",
     "Successor": "RunSuccessor",
     **{name: f"Run{name}" for name in ("IdleInterval", "DrainDeadline", "ChunksOf", "IsSkip", "DeadlineIn")},
@@ -83,14 +82,19 @@ def _module_lines(runs: Sequence[RecordedRun]) -> Iterator[str]:
     yield f"---- MODULE {_MODULE} ----"
     yield "EXTENDS Traces"
     yield "NoSetup == [lag |-> 0, backoff |-> 0]"
+    names: dict[str, str] = {}  # runs that differ little share most of their events, and TLC takes long to read
     for number, run in enumerate(runs, 1):
         encoded = RunEncoder(run).encode()
-        for rank, events in enumerate(encoded["events"]):
-            yield f"Events{number}of{rank} == <<\n" + ",\n".join(map(to_tla, events)) + ">>"
-        names = ", ".join(f"Events{number}of{rank}" for rank in range(len(encoded["events"])))
-        rest = to_tla({name: value for name, value in encoded.items() if name != "events"})
-        yield f"Run{number} == {rest} @@ [events |-> <<{names}>>]"
-    yield f"{_OVERRIDES['Runs']} == <<{', '.join(f'Run{number}' for number in range(1, len(runs) + 1))}>>"
+        sequences = []
+        for events in encoded.pop("events"):
+            texts = [to_tla(event) for event in events]
+            for text in texts:
+                if text not in names:
+                    names[text] = f"e{len(names)}"
+                    yield f"{names[text]} == {text}"
+            sequences.append("<<" + ", ".join(names[text] for text in texts) + ">>")
+        yield f"Run{number} == {to_tla(encoded)} @@ [events |-> <<\n" + ",\n".join(sequences) + ">>]"
+    yield f"ASSUME TLCSet(1, <<{', '.join(f'Run{number}' for number in range(1, len(runs) + 1))}>>)"
     yield "===="
 
 

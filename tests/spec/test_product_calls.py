@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from replayed_rank import ReplayedRank
 
 import eplb_fsm
 from eplb_fsm.config import RebalanceConfig
+from eplb_fsm.observe.events import Observer
 from eplb_fsm.placement import Placement, Topology, register_policy
 from eplb_fsm.placement.policies import policy_names
 from eplb_fsm.simulate.cluster import SimulatedCluster, SimulatedRank
@@ -59,7 +60,7 @@ def product_names(context: type[ast.expr_context]) -> set[str]:
     return set().union(*(used_names(PACKAGE / caller, is_core, context) for caller in CALLERS))
 
 
-def make_cluster(seed: int) -> SimulatedCluster:
+def make_cluster(seed: int, observers: Callable[[int], Sequence[Observer]] = lambda rank: ()) -> SimulatedCluster:
     """Three ranks that start an epoch every few steps."""
     config = RebalanceConfig(
         policy=_Turn.name,
@@ -72,7 +73,7 @@ def make_cluster(seed: int) -> SimulatedCluster:
         drain_deadline_steps=30,
     )
     shape = Shape(num_moe_layers=2, num_logical_experts=6, num_physical_experts=6)
-    return SimulatedCluster(3, config, seed=seed, shape=shape, has_pass_ids=True)
+    return SimulatedCluster(3, config, seed=seed, shape=shape, has_pass_ids=True, observers=observers)
 
 
 def is_in_window(rank: SimulatedRank) -> Callable[[], bool]:
