@@ -67,6 +67,15 @@ def test_a_demo_writes_one_trace_per_rank_and_run(demo: tuple[Any, Path]) -> Non
             assert ended <= len(starts) <= ended + 1  # the last one may be under way when the run ends
 
 
+def test_the_spec_accepts_what_the_ranks_of_a_demo_record(
+    demo: tuple[Any, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real processes over gloo, sync and async: TLC says that their traces are runs of the spec."""
+    _, folder = demo
+    assert cli.main(["trace", "check", str(folder / "traces")]) == 0
+    assert "2 runs: all accepted" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("tamper", [tampering.one_wrong_map_entry, tampering.one_swapped_row])
 def test_a_demo_notices_damage(tamper: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One wrong map entry, or one swapped weight row, changes the logits within 50 steps, and the demo fails."""

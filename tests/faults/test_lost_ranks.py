@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eplb_fsm.cli import main
 from eplb_fsm.core.states import State
 from eplb_fsm.errors import ConsensusTimeout
+from eplb_fsm.observe.trace import NdjsonTrace
 from tests.dist.decode import DecodeLoop
 from tests.dist.harness import RankLink, Ranks
 from tests.dist.policies import MARKER
@@ -67,17 +71,18 @@ def _in_state(link: RankLink, state: str, folder: str, mode: str) -> Fate:
     store = link.store()
     transport = FaultyTransport(link, store, 5.0)
     transport.is_held = state == "TRANSFERRING" and link.rank == 1
+    trace = NdjsonTrace(Path(folder, "traces"), link.rank)
     loop = _connected(
         link,
         lost,
         store=store,
-        connect={"transport": transport},
+        connect={"transport": transport, "observers": (trace,)},
         policy="tests.dist.policies:Marked",
         planner="process",
         mode=mode,
         plan_timeout_s=30.0,
     )
-    with loop.fsm as fsm:
+    with contextlib.closing(trace), loop.fsm as fsm:
         fsm.arm()
         if state != "IDLE":
             fsm.request_rebalance()
@@ -92,7 +97,10 @@ def _in_state(link: RankLink, state: str, folder: str, mode: str) -> Fate:
     ("state", "mode"), [("IDLE", "async"), ("COMPUTING", "async"), ("TRANSFERRING", "async"), ("IDLE", "sync")]
 )
 def test_survivors_of_a_killed_rank_name_it_and_serve_on(state: str, mode: str, victim: int, tmp_path: Any) -> None:
-    """SIGKILL: survivors stop and serve on, or fail-stop in the window; all name the rank; no child stays."""
+    """SIGKILL: survivors stop and serve on, or fail-stop in the window; all name the rank; no child stays.
+
+    What all of them have recorded until then is a run of the spec.
+    """
     if state == "COMPUTING":
         (tmp_path / "marker").write_text("hang")
     with Ranks(3, _in_state, (state, str(tmp_path), mode)) as ranks:
@@ -110,6 +118,7 @@ def test_survivors_of_a_killed_rank_name_it_and_serve_on(state: str, mode: str, 
             assert fate.lost[0] == (victim,)
             assert fate.served_on > 50
     assert survivors[0].digests == survivors[1].digests
+    assert main(["trace", "check", str(tmp_path / "traces")]) == 0
 
 
 def _killed_in_the_window(link: RankLink) -> Fate:
