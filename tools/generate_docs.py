@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a ch
 from eplb_fsm import errors
 from eplb_fsm.cli import BROKEN_PROMISE, INTERRUPTED, OK, WRONG_USAGE, make_parser
 from eplb_fsm.config import RebalanceConfig
-from eplb_fsm.core.diagram import render_mermaid, render_table
 from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason
 from eplb_fsm.core.states import State
 from eplb_fsm.runtime.failstop import EXIT_STATUS
+from tools.diagram import render_mermaid, render_table
 
 ROOT = Path(__file__).resolve().parent.parent
 _PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)

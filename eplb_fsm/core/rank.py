@@ -163,7 +163,8 @@ class RankCore:
         """
         if self.is_active:
             self.chunk_idx -= 1
-        elif self.last_outcome is not None:  # it was the last chunk, and its epoch counts as committed already
+        else:  # it was the last chunk, and its epoch counts as committed already
+            assert self.last_outcome is not None
             num_commits = self.last_outcome.num_commits - 1
             self.last_outcome = replace(
                 self.last_outcome,

@@ -14,9 +14,9 @@ import pytest
 
 from eplb_fsm.cli import OPTION_FLAGS
 from eplb_fsm.config import RebalanceConfig
-from eplb_fsm.core.diagram import render_mermaid, render_table
 from eplb_fsm.core.states import ACTIVE_STATES, TRANSITIONS, State, Transition
 from eplb_fsm.placement.balancedness import FORMULAS
+from tools.diagram import render_mermaid, render_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
