@@ -112,6 +112,32 @@ NoSilentStop ==
 
 FrozenIsQuiet == \A r, other \in Ranks : core[r].frozen /\ ~Active(core[other]) => jobs[r] = <<>>
 
+(* -- liveness ------------------------------------------------------------------------------------------------ *)
+
+(* A rank goes on decoding, votes that are cast are delivered, and whoever waits in vain gives up. A worker need not do
+   anything, ever. *)
+StepOf(r) ==
+    \/ Forward(r) \/ PostVote(r) \/ ReadRound(r)
+    \/ GiveUp(r, "TIMEOUT") \/ GiveUpReading(r) \/ ResolveRound(r, "TIMEOUT") \/ FailStop(r)
+LiveSpec ==
+    /\ MCSpec
+    /\ \A r \in Ranks : WF_<<vars, history>>(StepOf(r) /\ HistoryNext) /\ WF_<<vars, history>>(Publish(r) /\ HistoryNext)
+
+(* So that there are finitely many states, time ends and so do epochs: both later than an epoch that starts must have
+   ended (EpochBounded). No constraint does that, which would hide what comes after it from a liveness property. *)
+MayPassInTime(r) ==
+    /\ core[r].step < Setup.max_steps
+    /\ IsUp(r)
+    /\ IsLockstep => \A other \in Ranks : pass[other] >= pass[r]
+    /\ MaxAhead > 0 => PassesBehind(r) < MaxAhead
+MayStartInTime(tally) ==
+    /\ AllDrained(tally) /\ Largest({vote.step : vote \in tally}) >= Largest({vote.earliest : vote \in tally})
+    /\ \A vote \in tally : vote.epoch < Setup.max_epochs
+
+Engaged(r) == IsUp(r) /\ Active(core[r])
+(* Also where this or another rank wants an abort, nobody stays in an epoch for ever. *)
+RecoverAfterAbort == \A r \in Ranks : Engaged(r) ~> ~Engaged(r)
+
 (* -- refinement ------------------------------------------------------------------------------------------------ *)
 
 AtomicPhase ==
@@ -133,6 +159,8 @@ ForwardAfterLastCommit ==
         /\ device[r].passes > commit.pass
 CommitAfterAbort == \E commit \in commits : \E abort \in aborts : commit.epoch = abort.epoch + 1
 
+(* An abort, and a forward pass in IDLE after it. *)
+NeverRecovers == \A r \in Ranks : ~(core[r].state = "IDLE" /\ core[r].outcome.kind = "ABORTED" /\ pass[r] > core[r].entered)
 NeverForwardAfterLastCommit == ~ForwardAfterLastCommit
 NeverCommitAfterAbort == ~CommitAfterAbort
 NeverBoth == ~(ForwardAfterLastCommit /\ CommitAfterAbort)
@@ -169,7 +197,7 @@ NeverResolvedCommit == \A r \in Ranks : ~(window[r] = "resolved" /\ journal[r].r
 (* -- setups of the checks ------------------------------------------------------------------------------------------ *)
 
 NoFaults == [fault \in {"request", "freeze", "unfreeze", "abort", "stop", "timeout", "commit", "close", "crash", "work",
-                       "plan", "worker", "transport", "damage", "skip", "double"} |-> 0]
+                       "plan", "worker", "transport", "damage", "skip", "double", "stale"} |-> 0]
 
 Plain ==
     [lag |-> 1, idle_interval |-> 2, backoff |-> 1,
@@ -200,6 +228,10 @@ Freezing == [One EXCEPT !.faults = [NoFaults EXCEPT !["freeze"] = 1, !["unfreeze
 Asked == [One EXCEPT !.faults = [NoFaults EXCEPT !["abort"] = 1, !["stop"] = 1]]
 Doubling == [One EXCEPT !.has_pass_ids = TRUE, !.faults = [NoFaults EXCEPT !["double"] = 2]]
 DoublingUnseen == [Doubling EXCEPT !.has_pass_ids = FALSE]
+OneBehind == [One EXCEPT !.max_ahead = 1]
+Differing == [One EXCEPT !.plans = {"a", "b"}, !.faults = [NoFaults EXCEPT !["plan"] = 1]]
+Stale == [One EXCEPT !.faults = [NoFaults EXCEPT !["stale"] = 1]]
+Gainless == [Plain EXCEPT !.plans = {"skip"}, !.max_steps = 7]
 Skipping == [One EXCEPT !.has_pass_ids = TRUE, !.faults = [NoFaults EXCEPT !["skip"] = 1]]
 Refined(setup) == [setup EXCEPT !.refines = TRUE]
 RefinedOne == Refined(One)
@@ -207,10 +239,14 @@ RefinedFree == Refined(OneFree)
 RefinedLate == Refined(Late)
 RefinedFailing == Refined(Failing)
 RefinedDamaging == Refined(Damaging)
-RefinedBehind == Refined([One EXCEPT !.max_ahead = 1])
+RefinedBehind == Refined(OneBehind)
 RefinedDependent == Refined(Behind)
 RefinedMismatch == Refined(Mismatch)
 RefinedDoubling == Refined(DoublingUnseen)
 Hanging == [One EXCEPT !.deadline = [COLLECTING |-> 1, COMPUTING |-> 1, AWAITING_CONSENSUS |-> 1, TRANSFERRING |-> 2],
                        !.max_steps = 16]
+Recovering == [Hanging EXCEPT !.max_steps = 15]
+RecoveringFree ==
+    [One EXCEPT !.is_lockstep = FALSE, !.faults = [NoFaults EXCEPT !["timeout"] = 2, !["crash"] = 1],
+                !.deadline = [COLLECTING |-> 0, COMPUTING |-> 0, AWAITING_CONSENSUS |-> 0, TRANSFERRING |-> 1], !.max_steps = 10]
 =============================================================================
