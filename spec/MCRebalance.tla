@@ -112,6 +112,12 @@ NoSilentStop ==
 
 FrozenIsQuiet == \A r, other \in Ranks : core[r].frozen /\ ~Active(core[other]) => jobs[r] = <<>>
 
+(* -- what follows from what -------------------------------------------------------------------------------------- *)
+
+(* A rank that is in an epoch has no outcome of it yet, so where both of two ranks serve, SamePlan says less; and the
+   plan of a rank that does not serve any more is the one that it had when it did. *)
+SamePlanIsImplied == (\A r \in Ranks : IsUp(r)) /\ NoTransferWithoutConsensus => SamePlan
+
 (* -- liveness ------------------------------------------------------------------------------------------------ *)
 
 (* A rank goes on decoding, votes that are cast are delivered, and whoever waits in vain gives up. A worker need not do
@@ -231,6 +237,12 @@ Freezing == [One EXCEPT !.faults = [NoFaults EXCEPT !["freeze"] = 1, !["unfreeze
 Asked == [One EXCEPT !.faults = [NoFaults EXCEPT !["abort"] = 1, !["stop"] = 1]]
 Doubling == [One EXCEPT !.has_pass_ids = TRUE, !.faults = [NoFaults EXCEPT !["double"] = 2]]
 DoublingUnseen == [Doubling EXCEPT !.has_pass_ids = FALSE]
+AbortingOnce == [One EXCEPT !.faults = [NoFaults EXCEPT !["abort"] = 1]]
+Aborting == [Twice EXCEPT !.faults = [NoFaults EXCEPT !["abort"] = 1]]
+Stopping == [One EXCEPT !.faults = [NoFaults EXCEPT !["stop"] = 1]]
+DamagingOnce == [One EXCEPT !.faults = [NoFaults EXCEPT !["damage"] = 1]]
+FreezingOnce == [One EXCEPT !.faults = [NoFaults EXCEPT !["freeze"] = 1]]
+Restarting == [Twice EXCEPT !.faults = [NoFaults EXCEPT !["work"] = 1], !.idle_interval = 1, !.max_steps = 6]
 OneBehind == [One EXCEPT !.max_ahead = 1]
 Differing == [One EXCEPT !.plans = {"a", "b"}, !.faults = [NoFaults EXCEPT !["plan"] = 1]]
 Stale == [One EXCEPT !.faults = [NoFaults EXCEPT !["stale"] = 1]]
@@ -246,16 +258,16 @@ RefinedBehind == Refined(OneBehind)
 RefinedDependent == Refined(Behind)
 RefinedMismatch == Refined(Mismatch)
 RefinedDoubling == Refined(DoublingUnseen)
-Hanging == [One EXCEPT !.deadline = [COLLECTING |-> 1, COMPUTING |-> 1, AWAITING_CONSENSUS |-> 1, TRANSFERRING |-> 2],
-                       !.max_steps = 16]
 (* Larger ones, with no more steps than it takes. *)
 ThreeChunks == [Plain EXCEPT !.num_chunks = 3, !.max_steps = 8]
 ThreeEpochs == [One EXCEPT !.idle_interval = 1, !.faults = [NoFaults EXCEPT !["request"] = 2], !.max_epochs = 3, !.max_steps = 13]
 ThreeRanks == [One EXCEPT !.num_ranks = 3, !.idle_interval = 1, !.max_steps = 5]
 FourRanks == [ThreeRanks EXCEPT !.num_ranks = 4, !.max_steps = 4]
-Recovering ==
-    [One EXCEPT !.deadline = [COLLECTING |-> 0, COMPUTING |-> 0, AWAITING_CONSENSUS |-> 0, TRANSFERRING |-> 1],
-                !.idle_interval = 1, !.max_steps = 9]
+(* Work that takes longer than deadlines allow. *)
+Hanging ==
+    [Twice EXCEPT !.deadline = [COLLECTING |-> 0, COMPUTING |-> 0, AWAITING_CONSENSUS |-> 0, TRANSFERRING |-> 1],
+                  !.idle_interval = 1, !.max_steps = 8]
+Recovering == [Hanging EXCEPT !.max_steps = 9, !.max_epochs = 1]
 RecoveringFree ==
     [Recovering EXCEPT !.is_lockstep = FALSE, !.faults = [NoFaults EXCEPT !["timeout"] = 2, !["crash"] = 1]]
 =============================================================================
