@@ -260,13 +260,13 @@ RefinedMismatch == Refined(Mismatch)
 RefinedDoubling == Refined(DoublingUnseen)
 (* Larger ones, with no more steps than it takes. *)
 ThreeChunks == [Plain EXCEPT !.num_chunks = 3, !.max_steps = 8]
-ThreeEpochs == [One EXCEPT !.idle_interval = 1, !.faults = [NoFaults EXCEPT !["request"] = 2], !.max_epochs = 3, !.max_steps = 13]
 ThreeRanks == [One EXCEPT !.num_ranks = 3, !.idle_interval = 1, !.max_steps = 5]
 FourRanks == [ThreeRanks EXCEPT !.num_ranks = 4, !.max_steps = 4]
 (* Work that takes longer than deadlines allow. *)
 Hanging ==
     [Twice EXCEPT !.deadline = [COLLECTING |-> 0, COMPUTING |-> 0, AWAITING_CONSENSUS |-> 0, TRANSFERRING |-> 1],
                   !.idle_interval = 1, !.max_steps = 8]
+ThreeEpochs == [Hanging EXCEPT !.max_epochs = 3, !.max_steps = 12]
 Recovering == [Hanging EXCEPT !.max_steps = 9, !.max_epochs = 1]
 RecoveringFree ==
     [Recovering EXCEPT !.is_lockstep = FALSE, !.faults = [NoFaults EXCEPT !["timeout"] = 2, !["crash"] = 1]]
