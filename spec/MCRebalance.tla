@@ -261,7 +261,6 @@ RefinedDoubling == Refined(DoublingUnseen)
 (* Larger ones, with no more steps than it takes. *)
 ThreeChunks == [Plain EXCEPT !.num_chunks = 3, !.max_steps = 8]
 ThreeRanks == [One EXCEPT !.num_ranks = 3, !.idle_interval = 1, !.max_steps = 5]
-FourRanks == [ThreeRanks EXCEPT !.num_ranks = 4, !.max_steps = 4]
 (* Work that takes longer than deadlines allow. *)
 Hanging ==
     [Twice EXCEPT !.deadline = [COLLECTING |-> 0, COMPUTING |-> 0, AWAITING_CONSENSUS |-> 0, TRANSFERRING |-> 1],
