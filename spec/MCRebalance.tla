@@ -246,7 +246,7 @@ Restarting == [Twice EXCEPT !.faults = [NoFaults EXCEPT !["work"] = 1], !.idle_i
 OneBehind == [One EXCEPT !.max_ahead = 1]
 Differing == [One EXCEPT !.plans = {"a", "b"}, !.faults = [NoFaults EXCEPT !["plan"] = 1]]
 Stale == [One EXCEPT !.faults = [NoFaults EXCEPT !["stale"] = 1]]
-Gainless == [Plain EXCEPT !.plans = {"skip"}, !.max_steps = 7]
+Gainless == [One EXCEPT !.plans = {"a", "skip"}, !.faults = [NoFaults EXCEPT !["plan"] = 2]]
 Skipping == [One EXCEPT !.has_pass_ids = TRUE, !.faults = [NoFaults EXCEPT !["skip"] = 1]]
 Refined(setup) == [setup EXCEPT !.refines = TRUE]
 RefinedOne == Refined(One)
