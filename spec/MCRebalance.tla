@@ -126,7 +126,7 @@ StepOf(r) ==
     \/ Forward(r) \/ PostVote(r) \/ ReadRound(r)
     \/ GiveUp(r, "TIMEOUT") \/ GiveUpReading(r) \/ ResolveRound(r, "TIMEOUT") \/ FailStop(r)
 (* Time ends below, so a rank makes finitely many steps, and weak fairness of them says no more than that again and
-   again there is none to make. In this form TLC looks at states only, which takes a tenth of the time. *)
+   again there is none to make. In this form TLC looks at states only, which is faster. *)
 LiveSpec == MCSpec /\ \A r \in Ranks : []<>~ENABLED StepOf(r) /\ []<>~ENABLED Publish(r)
 
 (* So that there are finitely many states, time ends, but not before an epoch must have ended (EpochBounded), and no
