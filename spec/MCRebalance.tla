@@ -252,7 +252,7 @@ Refined(setup) == [setup EXCEPT !.refines = TRUE]
 RefinedOne == Refined(One)
 RefinedFree == Refined(OneFree)
 RefinedLate == Refined(Late)
-RefinedFailing == Refined(Failing)
+RefinedFailing == Refined([Failing EXCEPT !.idle_interval = 1, !.max_steps = 8])
 RefinedDamaging == Refined(Damaging)
 RefinedBehind == Refined(OneBehind)
 RefinedDependent == Refined(Behind)
