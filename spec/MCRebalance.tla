@@ -112,6 +112,38 @@ NoSilentStop ==
 
 FrozenIsQuiet == \A r, other \in Ranks : core[r].frozen /\ ~Active(core[other]) => jobs[r] = <<>>
 
+(* -- what follows from what -------------------------------------------------------------------------------------- *)
+
+(* A rank that is in an epoch has no outcome of it yet, so where both of two ranks serve, SamePlan says less; and the
+   plan of a rank that does not serve any more is the one that it had when it did. *)
+SamePlanIsImplied == (\A r \in Ranks : IsUp(r)) /\ NoTransferWithoutConsensus => SamePlan
+
+(* -- liveness ------------------------------------------------------------------------------------------------ *)
+
+(* A rank goes on decoding, votes that are cast are delivered, and whoever waits in vain gives up. A worker need not do
+   anything, ever. *)
+StepOf(r) ==
+    \/ Forward(r) \/ PostVote(r) \/ ReadRound(r)
+    \/ GiveUp(r, "TIMEOUT") \/ GiveUpReading(r) \/ ResolveRound(r, "TIMEOUT") \/ FailStop(r)
+(* Time ends below, so a rank makes finitely many steps, and weak fairness of them says no more than that again and
+   again there is none to make. In this form TLC looks at states only, which is faster. *)
+LiveSpec == MCSpec /\ \A r \in Ranks : []<>~ENABLED StepOf(r) /\ []<>~ENABLED Publish(r)
+
+(* So that there are finitely many states, time ends, but not before an epoch must have ended (EpochBounded), and no
+   more epochs start than that. No constraint does that, which would hide what comes after it from a liveness property. *)
+MayPassInTime(r) ==
+    /\ core[r].step < Setup.max_steps
+    /\ IsUp(r)
+    /\ IsLockstep => \A other \in Ranks : pass[other] >= pass[r]
+    /\ MaxAhead > 0 => PassesBehind(r) < MaxAhead
+MayStartInTime(tally) ==
+    /\ AllDrained(tally) /\ Largest({vote.step : vote \in tally}) >= Largest({vote.earliest : vote \in tally})
+    /\ \A vote \in tally : vote.epoch < Setup.max_epochs
+
+Engaged(r) == IsUp(r) /\ Active(core[r])
+(* Nobody stays in an epoch for ever: with Engaged(r) ~> ~Engaged(r), which says the same, TLC takes longer. *)
+RecoverAfterAbort == \A r \in Ranks : []<>~Engaged(r)
+
 (* -- refinement ------------------------------------------------------------------------------------------------ *)
 
 AtomicPhase ==
@@ -133,7 +165,12 @@ ForwardAfterLastCommit ==
         /\ device[r].passes > commit.pass
 CommitAfterAbort == \E commit \in commits : \E abort \in aborts : commit.epoch = abort.epoch + 1
 
+(* An abort, and a forward pass in IDLE after it. *)
+NeverRecovers == \A r \in Ranks : ~(core[r].state = "IDLE" /\ core[r].outcome.kind = "ABORTED" /\ pass[r] > core[r].entered)
 NeverForwardAfterLastCommit == ~ForwardAfterLastCommit
+NeverServesAfterLastEpoch ==
+    ~\E r \in Ranks : \E commit \in commits :
+        commit.epoch = Setup.max_epochs /\ core[r].outcome.kind = "COMMITTED" /\ device[r].passes > commit.pass
 NeverCommitAfterAbort == ~CommitAfterAbort
 NeverBoth == ~(ForwardAfterLastCommit /\ CommitAfterAbort)
 NeverLateWait == \A r \in Ranks : ~(IsUp(r) /\ ReadIsDue(core[r]) /\ ~AllHaveVoted(core[r].posted.round))
@@ -169,7 +206,7 @@ NeverResolvedCommit == \A r \in Ranks : ~(window[r] = "resolved" /\ journal[r].r
 (* -- setups of the checks ------------------------------------------------------------------------------------------ *)
 
 NoFaults == [fault \in {"request", "freeze", "unfreeze", "abort", "stop", "timeout", "commit", "close", "crash", "work",
-                       "plan", "worker", "transport", "damage", "skip", "double"} |-> 0]
+                       "plan", "worker", "transport", "damage", "skip", "double", "stale"} |-> 0]
 
 Plain ==
     [lag |-> 1, idle_interval |-> 2, backoff |-> 1,
@@ -200,17 +237,37 @@ Freezing == [One EXCEPT !.faults = [NoFaults EXCEPT !["freeze"] = 1, !["unfreeze
 Asked == [One EXCEPT !.faults = [NoFaults EXCEPT !["abort"] = 1, !["stop"] = 1]]
 Doubling == [One EXCEPT !.has_pass_ids = TRUE, !.faults = [NoFaults EXCEPT !["double"] = 2]]
 DoublingUnseen == [Doubling EXCEPT !.has_pass_ids = FALSE]
+AbortingOnce == [One EXCEPT !.faults = [NoFaults EXCEPT !["abort"] = 1]]
+Aborting == [Twice EXCEPT !.faults = [NoFaults EXCEPT !["abort"] = 1]]
+Stopping == [One EXCEPT !.faults = [NoFaults EXCEPT !["stop"] = 1]]
+DamagingOnce == [One EXCEPT !.faults = [NoFaults EXCEPT !["damage"] = 1]]
+FreezingOnce == [One EXCEPT !.faults = [NoFaults EXCEPT !["freeze"] = 1]]
+Restarting == [Twice EXCEPT !.faults = [NoFaults EXCEPT !["work"] = 1], !.idle_interval = 1, !.max_steps = 6]
+OneBehind == [One EXCEPT !.max_ahead = 1]
+Differing == [One EXCEPT !.plans = {"a", "b"}, !.faults = [NoFaults EXCEPT !["plan"] = 1]]
+Stale == [One EXCEPT !.faults = [NoFaults EXCEPT !["stale"] = 1]]
+Gainless == [One EXCEPT !.plans = {"a", "skip"}, !.faults = [NoFaults EXCEPT !["plan"] = 2]]
 Skipping == [One EXCEPT !.has_pass_ids = TRUE, !.faults = [NoFaults EXCEPT !["skip"] = 1]]
 Refined(setup) == [setup EXCEPT !.refines = TRUE]
 RefinedOne == Refined(One)
 RefinedFree == Refined(OneFree)
 RefinedLate == Refined(Late)
-RefinedFailing == Refined(Failing)
+RefinedFailing == Refined([Failing EXCEPT !.idle_interval = 1, !.max_steps = 8])
 RefinedDamaging == Refined(Damaging)
-RefinedBehind == Refined([One EXCEPT !.max_ahead = 1])
+RefinedBehind == Refined(OneBehind)
 RefinedDependent == Refined(Behind)
 RefinedMismatch == Refined(Mismatch)
 RefinedDoubling == Refined(DoublingUnseen)
-Hanging == [One EXCEPT !.deadline = [COLLECTING |-> 1, COMPUTING |-> 1, AWAITING_CONSENSUS |-> 1, TRANSFERRING |-> 2],
-                       !.max_steps = 16]
+(* Larger ones, with no more steps than it takes. *)
+ThreeChunks == [Plain EXCEPT !.num_chunks = 3, !.max_steps = 8]
+ThreeRanks == [One EXCEPT !.num_ranks = 3, !.idle_interval = 1, !.max_steps = 5]
+(* Work that takes longer than deadlines allow. *)
+Hanging ==
+    [Twice EXCEPT !.deadline = [COLLECTING |-> 0, COMPUTING |-> 0, AWAITING_CONSENSUS |-> 0, TRANSFERRING |-> 1],
+                  !.idle_interval = 1, !.max_steps = 8]
+ThreeEpochs == [Hanging EXCEPT !.max_epochs = 3, !.max_steps = 12]
+Recovering == [Hanging EXCEPT !.max_steps = 9, !.max_epochs = 1]
+RecoveringFree ==
+    [Recovering EXCEPT !.is_lockstep = FALSE, !.faults = [NoFaults EXCEPT !["timeout"] = 2, !["crash"] = 1],
+                       !.deadline["TRANSFERRING"] = 0, !.max_steps = 8]
 =============================================================================

@@ -59,6 +59,9 @@ VerifyNothing(rows) == TRUE
 (* Nobody votes on a deadline. *)
 IgnoreDeadlines(c) == c
 
+(* Who waits for a vote of a dead rank waits for ever. *)
+WaitForEver(r) == FALSE
+
 (* The placement that a rank believes in is that of its plan, before anything is committed. *)
 BelieveThePlan(c, epoch, plan) ==
     IF epoch = c.epoch /\ c.state = "COMPUTING"
@@ -67,6 +70,21 @@ BelieveThePlan(c, epoch, plan) ==
 (* An abort leaves no outcome. *)
 AbortInSilence(c, reason) ==
     Enter([c EXCEPT !.plan = NoPlan, !.chunk = 0, !.staged = 0, !.abort = 0, !.request = TRUE], "IDLE")
+
+(* An epoch without gain leaves no outcome. *)
+SkipInSilence(c) == Enter([c EXCEPT !.plan = NoPlan], "IDLE")
+
+(* The generation of a vote is not compared, all else is. *)
+SamePlaceInAnyGeneration(tally) ==
+    /\ Equal({<<vote.round, vote.step, vote.pass, vote.epoch>> : vote \in tally})
+    /\ \/ Largest(Progresses(tally)) < StagingVote
+       \/ Equal({<<vote.chunk, vote.num_chunks, vote.plan>> : vote \in tally})
+    /\ Equal({Phase(progress) : progress \in Progresses(tally)})
+
+(* A plan that nobody validates: it copies one expert over another, which is nowhere then. *)
+SourceOfCopy(plan, chunk, slot) == Swap(plan, chunk)[2]
+CopiedOver(live, plan, chunk) ==
+    [slot \in Slots |-> IF slot \in Touched(plan, chunk) THEN live[Swap(plan, chunk)[2]] ELSE live[slot]]
 
 (* -- one more action ------------------------------------------------------------------------------------------ *)
 
@@ -85,6 +103,7 @@ CommitAlone(r) ==
 BeginAlone(r) ==
     /\ Takes(r)
     /\ core[r].state = "AWAITING_CONSENSUS"
+    /\ ~HasPosted(core[r])
     /\ core' = [core EXCEPT ![r] = Enter(@, "TRANSFERRING")]
     /\ BeginStaging(r, core[r], 0, -1, enqueued[r])
     /\ UNCHANGED <<pass, up, cast, window, journal, board, worker, wire, buffers, enqueued, queue, device,
@@ -131,11 +150,63 @@ CommitStopped(r) ==
     /\ enqueued' = [enqueued EXCEPT ![r] = @ + 1]
     /\ UNCHANGED <<jobs, begun>> /\ UNCHANGED Others
 
+(* A stopped rank calls itself idle again. *)
+WakeUp(r) ==
+    /\ IsUp(r)
+    /\ core[r].state = "STOPPED"
+    /\ core' = [core EXCEPT ![r] = Enter(@, "IDLE")]
+    /\ UNCHANGED <<pass, up, cast, window, journal, board, jobs, worker, wire, buffers, begun, enqueued, queue,
+                   device, budget>>
+
+(* A freeze is granted at once, though a promise is out: this rank forgets the epoch, and does not read its round. *)
+FreezeInWindow(r) ==
+    /\ IsUp(r)
+    /\ core[r].freeze
+    /\ InWindow(core[r])
+    /\ LET frozen == AbortEpoch([core[r] EXCEPT !.posted = NoVote, !.read_due = Never, !.frozen = TRUE], "FROZEN")
+       IN core' = [core EXCEPT ![r] = ScheduleNext(frozen, core[r].posted.step)]
+    /\ UNCHANGED <<pass, up, cast, window, journal, board, jobs, worker, wire, buffers, begun, enqueued, queue,
+                   device, budget>>
+
+(* A rank that wants an abort frees its buffers before all have agreed to it. *)
+FreeAlone(r) ==
+    /\ Takes(r)
+    /\ core[r].state = "TRANSFERRING"
+    /\ core[r].staged > core[r].chunk
+    /\ ~InWindow(core[r])
+    /\ core' = [core EXCEPT ![r] = SetAbort(@, "TRANSFER_ERROR")]
+    /\ buffers' = [buffers EXCEPT ![r] = [b \in DOMAIN @ |-> Empty]]
+    /\ UNCHANGED <<pass, up, cast, window, journal, board, jobs, worker, wire, begun, enqueued, queue, device, budget>>
+
+(* A forward pass is counted as two steps while a promise is out. *)
+CountTwice(r) ==
+    /\ MayPass(r)
+    /\ NothingDue(r)
+    /\ InWindow(core[r])
+    /\ pass' = [pass EXCEPT ![r] = @ + 1]
+    /\ core' = [core EXCEPT ![r].step = @ + 2]
+    /\ Enqueue(r, [kind |-> "forward"])
+    /\ UNCHANGED <<up, cast, window, journal, board, jobs, worker, wire, buffers, begun, enqueued, budget>>
+
+(* A device makes a forward pass before a commit that was enqueued before it: they are on two streams. *)
+Overtake(r) ==
+    /\ up[r] # "crashed"
+    /\ Len(queue[r]) > 1
+    /\ queue[r][1].kind = "commit" /\ queue[r][2].kind = "forward"
+    /\ device' = [device EXCEPT ![r] = Executed(r, @, queue[r][2])]
+    /\ queue' = [queue EXCEPT ![r] = <<@[1]>> \o SubSeq(@, 3, Len(@))]
+    /\ UNCHANGED <<core, pass, up, cast, window, journal, board, jobs, worker, wire, buffers, begun, enqueued, budget>>
+
 With(action(_)) == (Next \/ \E r \in Ranks : action(r)) /\ HistoryNext
 CommitAloneSpec == MCInit /\ [][With(CommitAlone)]_<<vars, history>>
 BeginAloneSpec == MCInit /\ [][With(BeginAlone)]_<<vars, history>>
 WithdrawSpec == MCInit /\ [][With(Withdraw)]_<<vars, history>>
 AbortAloneSpec == MCInit /\ [][With(AbortAlone)]_<<vars, history>>
 StopInSilenceSpec == MCInit /\ [][With(StopInSilence)]_<<vars, history>>
+WakeUpSpec == MCInit /\ [][With(WakeUp)]_<<vars, history>>
+FreezeInWindowSpec == MCInit /\ [][With(FreezeInWindow)]_<<vars, history>>
+FreeAloneSpec == MCInit /\ [][With(FreeAlone)]_<<vars, history>>
+CountTwiceSpec == MCInit /\ [][With(CountTwice)]_<<vars, history>>
+OvertakeSpec == MCInit /\ [][With(Overtake)]_<<vars, history>>
 CommitStoppedSpec == MCInit /\ [][With(CommitStopped)]_<<vars, history>>
 =============================================================================

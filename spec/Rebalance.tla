@@ -197,6 +197,10 @@ Leave(r, c, reason) ==
     /\ journal' = [journal EXCEPT ![r].stopped_from = c.round + 1,
                                   ![r].gave_up = IF InWindow(c) THEN c.round ELSE @]
 
+(* What may come in the place of a vote: one of another membership, which fits but for its generation. The worst of
+   those promises what this rank has not staged. *)
+OfOtherMembership(vote) == [vote EXCEPT !.generation = 1, !.progress = StagedVote, !.abort = 0, !.stop = 0, !.freeze = FALSE]
+
 PassId(r) == IF HasPassIds THEN pass[r] ELSE 0
 IsDrained(r) == jobs[r] = <<>>
 
@@ -208,10 +212,10 @@ PostVote(r) ==
     /\ Lag = 0 => jobs[r] = <<>>  \* in the synchronous mode the work is done inside the step
     /\ LET c == post_vote(core[r], PassId(r), IsDrained(r))
        IN /\ core' = [core EXCEPT ![r] = c]
-          /\ CastVote(r, c.posted)
           /\ journal' = [journal EXCEPT ![r].posted = c.round, ![r].staged = PromisesCommit(c.posted)]
-    /\ UNCHANGED <<pass, up, window, board, jobs, worker, wire, buffers, begun, enqueued, queue, device,
-                   budget>>
+          /\ \/ CastVote(r, c.posted) /\ UNCHANGED budget
+             \/ May("stale") /\ Spend("stale") /\ CastVote(r, OfOtherMembership(c.posted))
+    /\ UNCHANGED <<pass, up, window, board, jobs, worker, wire, buffers, begun, enqueued, queue, device>>
 
 NewJob(r, kind, epoch, chunk, plan, after) ==
     [kind |-> kind, epoch |-> epoch, chunk |-> chunk, plan |-> plan, after |-> after, phase |-> "queued"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ import pytest
 from eplb_fsm.cli import main
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.modelcheck.manifest import load_manifest, read_model, write_manifest
+
+SPEC = Path(__file__).resolve().parents[2] / "spec"
+
+IMPLIED = {"SamePlan": {"NoTransferWithoutConsensus"}}
+"""Properties that no mutant violates alone, and those that it must violate with them."""
 
 HOLDS = {
     "name": "holds",
@@ -138,3 +144,31 @@ def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.chdir(tmp_path)
     assert main(["spec", "check"]) == 2
     assert str(tmp_path / "spec") in capsys.readouterr().err
+
+
+def test_every_property_has_a_mutant_that_violates_no_other() -> None:
+    """A mutant violates the property where nothing else is checked, and holds where all others are."""
+    checks = {check.name: check for check in load_manifest(SPEC)}
+    safety = re.search(
+        r"-- safety -+ \*\)(.*?)\(\* -- ", (SPEC / "MCRebalance.tla").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert safety
+    checked = set(read_model((SPEC / "holds" / "plain.cfg").read_text(encoding="utf-8")).checked)
+    assert checked == set(re.findall(r"^(\w+) ==", safety[1], re.MULTILINE))
+    for name in checked:
+        only = checks[f"only/{name}"]
+        assert only.expected == "holds"
+        others = set(read_model((SPEC / only.cfg).read_text(encoding="utf-8")).checked)
+        assert others == checked - {name} - IMPLIED.get(name, set())
+        mutant = checks[str(only.twin)]
+        assert mutant.property == name
+        assert read_model((SPEC / mutant.cfg).read_text(encoding="utf-8")).checked == (name,)
+
+
+def test_every_setup_reaches_what_it_is_about() -> None:
+    """A setup without a mutant has a twin of the same name, which serves after the last commit."""
+    for check in load_manifest(SPEC):
+        if check.name.startswith("holds/") and check.name != "holds/lag2_no_late_wait":
+            assert check.twin == check.name.replace("holds", "twins")
+        if check.name.startswith("twins/"):
+            assert check.property in ("NeverForwardAfterLastCommit", "NeverBoth", "NeverServesAfterLastEpoch")
