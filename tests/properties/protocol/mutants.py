@@ -180,13 +180,13 @@ def withdraw(patch: Patch) -> None:
 
 
 def deadline_acts(patch: Patch) -> None:
-    """A deadline acts on one rank, at the step where it passes, instead of voting."""
+    """A deadline acts on one rank, also while its promise is out, instead of voting."""
     poll_step = RebalanceFSM.poll_step
 
     def abort_in_time(self: RebalanceFSM, pass_id: int | None, now: float) -> Wait | None:
         core, step_idx = self._core, self._step_idx + 1
         is_first = core.rank == 0 and not self._is_in_step
-        if is_first and core.state is State.TRANSFERRING and step_idx - core.state_entered_step >= 2:
+        if is_first and core.in_window and step_idx - core.state_entered_step >= 2:
             core.step_idx = step_idx
             core.posted = None
             core._abort(Decision(DecisionKind.ABORT, AbortReason.DEADLINE_TRANSFERRING))
@@ -368,7 +368,7 @@ MOVING = (State.TRANSFERRING,)
 
 
 MUTANTS = (
-    Mutant(pass_without_result, "same_step_commit", Aim((FaultKind.ROUNDS_HELD,), MOVING)),
+    Mutant(pass_without_result, "same_decision", Aim((FaultKind.ROUNDS_HELD,), MOVING)),
     Mutant(no_digest, "same_plan", Aim((FaultKind.OTHER_PLAN,), PLANNING)),
     Mutant(begin_on_progress, "same_plan", Aim((FaultKind.OTHER_PLAN,), PLANNING)),
     Mutant(

@@ -24,6 +24,13 @@ OTHER_INVARIANT = {
     "NoOverwriteBeforeConsumed": ("live_equals_map", "buffers are no part of an event: seen once it is made live"),
 }
 """Properties of the spec that the code has under another name, and why."""
+SOONER_SEEN = {
+    "pass_without_result": (
+        "same_decision",
+        "it covers every round that ranks read at different steps, not only commits",
+    ),
+}
+"""Mutants that break another invariant of the code long before that of the property, and why that one will do."""
 
 
 def spec_mutants() -> dict[str, str]:
@@ -50,7 +57,8 @@ def test_spec_and_code_have_the_same_mutants() -> None:
 def test_mutants_break_what_they_break_in_the_spec() -> None:
     """Each mutant is looked for by the invariant that the manifest names for it."""
     looked_for = {mutant.name: mutant.breaks for mutant in MUTANTS if mutant.name not in ONLY_IN_CODE}
-    assert looked_for == {name: invariant_of(prop) for name, prop in spec_mutants().items()}
+    sooner = {name: invariant for name, (invariant, _) in SOONER_SEEN.items()}
+    assert looked_for == {name: invariant_of(prop) for name, prop in spec_mutants().items()} | sooner
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
