@@ -209,7 +209,17 @@ Closed == [OneChunk EXCEPT !.allowed = Both({"Close"}), !.max_steps = 6]
 Broken == [Plain EXCEPT !.allowed = Both({"CommitFailed"}), !.max_steps = 6]
 Unequal == [OneChunk EXCEPT !.allowed = Each({"OtherPlacement"}, {"OtherPass", "SkipStep"})]
 
+(* Three ranks: two that agree do not outvote the third. *)
+OfThree(zero, one, two) == (0 :> zero @@ 1 :> one @@ 2 :> two)
+Three ==
+    [OneChunk EXCEPT !.num_ranks = 3, !.idle_interval = 1, !.plans = OfThree({"a"}, {"a"}, {"a"}),
+                     !.allowed = OfThree({}, {}, {}), !.max_steps = 3]
+ThreeSync == [Three EXCEPT !.lag = 0, !.max_steps = 1, !.max_rounds = 3]
+ThreeLost ==
+    [ThreeSync EXCEPT !.plans = OfThree({"a"}, {"a"}, {"skip"}), !.allowed = OfThree({"GiveUp"}, {}, {"TRANSFER_ERROR"})]
+
 (* Larger ones, for a machine that has the night. *)
+Three4 == [Three EXCEPT !.max_steps = 4]
 Plain3 == [Plain EXCEPT !.num_chunks = 3, !.max_steps = 9]
 Again3 == [Again EXCEPT !.max_epochs = 3, !.max_steps = 8]
 Lost2 == [Lost EXCEPT !.lag = 2, !.num_chunks = 2, !.max_steps = 10, !.allowed = Each({"GiveUp"}, {"GiveUp", "Close"})]

@@ -55,6 +55,11 @@ class Recorded(Protocol):
         ...
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether a freeze held on the rank."""
+        ...
+
+    @property
     def live_digest(self) -> int:
         """Digest of the placement that the rank served with."""
         ...
@@ -259,6 +264,20 @@ def outcome_recorded(events: Iterable[Recorded]) -> list[str]:
     return wrong
 
 
+def frozen_is_quiet(events: Iterable[Recorded]) -> list[str]:
+    """While a freeze holds on a rank, nothing is under way there and its map stays."""
+    wrong = []
+    for own in _by_rank(events):
+        before: Recorded | None = None
+        for event in own:
+            if event.is_frozen and not event.is_drained:
+                wrong.append(f"rank {event.rank}: frozen at step {event.step_idx} with a transfer under way")
+            if event.is_frozen and before is not None and before.is_frozen and before.live_digest != event.live_digest:
+                wrong.append(f"rank {event.rank}: the map changed at step {event.step_idx} while frozen")
+            before = event
+    return wrong
+
+
 def epoch_bounded(events: Iterable[Recorded], bound_steps: Callable[[int], int]) -> list[str]:
     """No epoch is under way for more steps than its bound.
 
@@ -293,6 +312,7 @@ EVENT_INVARIANTS: tuple[Callable[[Iterable[Recorded]], list[str]], ...] = (
     commit_cannot_fail,
     stopped_harmless,
     outcome_recorded,
+    frozen_is_quiet,
 )
 """All that need nothing but events."""
 

@@ -94,6 +94,11 @@ BAD: list[tuple[str, Sequence[Event]]] = [
     ),
     ("outcome_recorded", changed(COMMIT, outcome="")),
     ("outcome_recorded", [*GOOD, event(1, 4, "ReadRound", "IDLE", decision="NONE", outcome="ABORTED")]),
+    ("frozen_is_quiet", changed(COMMIT, is_frozen=True, is_drained=False)),
+    (
+        "frozen_is_quiet",
+        [*GOOD, *(replace(event(1, at, "PostVote", "IDLE"), is_frozen=True, live_digest=at) for at in (4, 5))],
+    ),
     ("epoch_bounded", changed(COMMIT, step_idx=80)),
 ]
 

@@ -1,0 +1,403 @@
+"""The protocol with one thing wrong: every mutant of the spec, planted in the code, under the same name.
+
+A mutant is a function that patches the library for as long as a test lasts; its docstring says what is wrong. What the
+spec says in `spec/Mutants.tla` about a core or a tally is said here about the class or the function that
+stands for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from runs import ANY, NO_FAULTS, Aim
+
+from eplb_fsm.core import rank as core_rank
+from eplb_fsm.core import votes
+from eplb_fsm.core.rank import Outcome, PlanTerms, RankCore
+from eplb_fsm.core.reasons import AbortReason, OutcomeKind
+from eplb_fsm.core.states import State
+from eplb_fsm.core.votes import Decision, DecisionKind, Progress, Tally, Vote
+from eplb_fsm.errors import TransferError
+from eplb_fsm.fsm import RebalanceFSM
+from eplb_fsm.placement import plan as placement_plan
+from eplb_fsm.runtime.epoch import EpochRunner
+from eplb_fsm.runtime.jobs import Jobs
+from eplb_fsm.runtime.pending import Done, Pending
+from eplb_fsm.runtime.rounds import Rounds, Wait
+from eplb_fsm.runtime.staging import StagingArea, enqueue_commit
+from eplb_fsm.runtime.transport import Transport
+from eplb_fsm.simulate.scenario import FaultKind
+
+Patch = pytest.MonkeyPatch
+
+
+# -- waiting and reading ------------------------------------------------------------------------------------------
+
+
+def pass_without_result(patch: Patch) -> None:
+    """A late round is not waited for: it is read at some later step, while the rank goes on."""
+    poll_step = RebalanceFSM.poll_step
+
+    def poll_or_go_on(self: RebalanceFSM, pass_id: int | None, now: float) -> Wait | None:
+        wait = poll_step(self, pass_id, now)
+        if wait is None or wait.is_resolving:
+            return wait
+        self._is_in_step = False
+        self._core.read_due = self._next_due = self._step_idx + 1
+        return None
+
+    patch.setattr(RebalanceFSM, "poll_step", poll_or_go_on)
+
+
+def give_up_in_window(patch: Patch) -> None:
+    """A rank that loses the decision that it promised to follow stops, and serves on with the map it has."""
+    patch.setattr(RankCore, "in_window", property(lambda self: False))
+
+
+def giving_up_not_binding(patch: Patch) -> None:
+    """A rank that said that it gave up reading a round reads it after all when it comes."""
+    read = Rounds.read
+
+    def read_again(self: Rounds, round_idx: int, now: float, **how: bool) -> Any:
+        tally = self._channel.poll(round_idx) if self.journal.gave_up_round == round_idx else None
+        return read(self, round_idx, now, **how) if tally is None else tally
+
+    patch.setattr(Rounds, "read", read_again)
+
+
+def stop_in_silence(patch: Patch) -> None:
+    """A rank that gives up posts no last vote."""
+
+    def show_only(self: Rounds, vote: Vote) -> None:
+        self.journal = self.journal._replace(stopped_from_round=vote.round_idx)
+
+    patch.setattr(Rounds, "post_last", show_only)
+
+
+# -- deciding -----------------------------------------------------------------------------------------------------
+
+
+def no_digest(patch: Patch) -> None:
+    """The vote carries no digest of the plan."""
+    make_vote = RankCore._make_vote
+    patch.setattr(RankCore, "_make_vote", lambda self, pass_id: make_vote(self, pass_id)._replace(plan_digest=0))
+
+
+def begin_on_progress(patch: Patch) -> None:
+    """BEGIN compares progress only."""
+
+    def decide_plan(tally: Tally) -> Decision:
+        return Decision(DecisionKind.SKIP if tally.largest.progress == Progress.SKIP else DecisionKind.BEGIN)
+
+    patch.setattr(votes, "_decide_plan", decide_plan)
+
+
+def commit_on_progress(patch: Patch) -> None:
+    """COMMIT compares progress only, and comes first."""
+
+    def decide(tally: Tally) -> Decision:
+        if tally.smallest.progress == Progress.STAGED:
+            return Decision(DecisionKind.COMMIT)
+        return votes.decide(tally)
+
+    patch.setattr(core_rank, "decide", decide)
+
+
+def start_undrained(patch: Patch) -> None:
+    """An epoch starts before the transfers of the last one have ended."""
+    decide_idle = votes._decide_idle
+
+    def ignore_drained(tally: Tally) -> Decision:
+        if tally.largest.freeze:
+            return decide_idle(tally)
+        return decide_idle(Tally(tally.largest, tally.smallest._replace(drained=1)))
+
+    patch.setattr(votes, "_decide_idle", ignore_drained)
+
+
+def freeze_undrained(patch: Patch) -> None:
+    """A freeze does not wait for transfers."""
+    decide_idle = votes._decide_idle
+
+    def ignore_drained(tally: Tally) -> Decision:
+        return Decision(DecisionKind.FREEZE) if tally.largest.freeze else decide_idle(tally)
+
+    patch.setattr(votes, "_decide_idle", ignore_drained)
+
+
+def generation_not_compared(patch: Patch) -> None:
+    """A vote for another membership counts."""
+    patch.setattr(votes, "_EQUAL_WORDS", tuple(word for word in votes._EQUAL_WORDS if word != "generation"))
+
+
+# -- acting alone -------------------------------------------------------------------------------------------------
+
+
+def commit_alone(patch: Patch) -> None:
+    """A rank commits a chunk that it has staged, whatever the others vote."""
+    read_round = RankCore.read_round
+
+    def read_own(self: RankCore, tally: Tally) -> Decision:
+        own = self.posted
+        return read_round(self, Tally(own, own) if own is not None and own.promises_commit else tally)
+
+    patch.setattr(RankCore, "read_round", read_own)
+
+
+def begin_alone(patch: Patch) -> None:
+    """A rank begins to transfer as soon as its own plan is there."""
+    accept_plan, plan_ready = EpochRunner.accept_plan, RankCore.plan_ready
+
+    def accept_and_stage(self: EpochRunner, plan: Any, lag: int) -> PlanTerms:
+        terms = accept_plan(self, plan, lag)
+        self.begin()
+        return terms
+
+    def enter(self: RankCore, epoch: int, plan: PlanTerms) -> bool:
+        is_new = plan_ready(self, epoch, plan)
+        if is_new and not plan.skip:
+            self._enter("begin_transfer")
+        return is_new
+
+    patch.setattr(EpochRunner, "accept_plan", accept_and_stage)
+    patch.setattr(RankCore, "plan_ready", enter)
+
+
+def withdraw(patch: Patch) -> None:
+    """A rank that is asked to abort takes back what it has staged, also while its promise is out."""
+    request_abort = RebalanceFSM.request_abort
+
+    def drop_too(self: RebalanceFSM) -> None:
+        request_abort(self)
+        self._parts.runner.drop()
+
+    patch.setattr(RebalanceFSM, "request_abort", drop_too)
+
+
+def deadline_acts(patch: Patch) -> None:
+    """A deadline acts on one rank, also while its promise is out, instead of voting."""
+    poll_step = RebalanceFSM.poll_step
+
+    def abort_in_time(self: RebalanceFSM, pass_id: int | None, now: float) -> Wait | None:
+        core, step_idx = self._core, self._step_idx + 1
+        is_first = core.rank == 0 and not self._is_in_step
+        if is_first and core.in_window and step_idx - core.state_entered_step >= 2:
+            core.step_idx = step_idx
+            core.posted = None
+            core._abort(Decision(DecisionKind.ABORT, AbortReason.DEADLINE_TRANSFERRING))
+            self._parts.runner.drop()
+            core.post_due = self._next_due = step_idx + 2
+        return poll_step(self, pass_id, now)
+
+    patch.setattr(RebalanceFSM, "poll_step", abort_in_time)
+
+
+def dead_worker_without_deadline(patch: Patch) -> None:
+    """Work that never ends is never given up: nobody votes on a deadline."""
+    patch.setattr(RankCore, "_vote_on_deadlines", lambda self: None)
+
+
+def commit_after_stop(patch: Patch) -> None:
+    """A stopped rank makes live what it had staged."""
+    drop = EpochRunner.drop
+    poll_step = RebalanceFSM.poll_step
+
+    def keep_programs(self: EpochRunner) -> None:
+        kept = dict(self._programs)
+        drop(self)
+        self._programs.update(kept)
+
+    def poll_and_commit(self: RebalanceFSM, pass_id: int | None, now: float) -> Wait | None:
+        wait, runner = poll_step(self, pass_id, now), self._parts.runner
+        outcome = self._core.last_outcome
+        if self.state is State.STOPPED and outcome is not None and outcome.kind is OutcomeKind.FAILED:
+            for _, program in sorted(runner._programs.items()):
+                enqueue_commit(program, runner._device)
+            runner._programs.clear()
+        return wait
+
+    patch.setattr(EpochRunner, "drop", keep_programs)
+    patch.setattr(RebalanceFSM, "poll_step", poll_and_commit)
+
+
+def abort_in_silence(patch: Patch) -> None:
+    """An abort leaves no outcome."""
+    end_epoch = RankCore._end_epoch
+
+    def forget_abort(self: RankCore, action: str, kind: OutcomeKind, *why: Any) -> None:
+        before: Outcome | None = self.last_outcome
+        end_epoch(self, action, kind, *why)
+        if kind is OutcomeKind.ABORTED:
+            self.last_outcome = before
+
+    patch.setattr(RankCore, "_end_epoch", forget_abort)
+
+
+# -- staging ------------------------------------------------------------------------------------------------------
+
+
+def buffer_not_free(patch: Patch) -> None:
+    """A chunk is staged into a buffer that holds one that is not committed yet."""
+    begin_after = placement_plan.begin_after
+    patch.setattr(placement_plan, "begin_after", lambda touched, buffers: begin_after(touched, len(touched)))
+
+
+def rows_in_conflict(patch: Patch) -> None:
+    """A chunk is staged while one before it, not committed yet, will write the rows that it reads."""
+    patch.setattr(
+        placement_plan,
+        "begin_after",
+        lambda touched, buffers: [max(-1, idx - buffers) for idx in range(len(touched))],
+    )
+
+
+def ignore_commit_event(patch: Patch) -> None:
+    """Rows are sent, and buffers filled again, though the device has not executed the commit enqueued before."""
+    stage = Jobs.stage
+    patch.setattr(Jobs, "stage", lambda self, epoch, plan, chunk, after: stage(self, epoch, plan, chunk, Done()))
+
+
+def sources_in_first_placement(patch: Patch) -> None:
+    """A chunk reads rows where the experts were before the plan, not where the chunks before it left them."""
+    stage = Jobs._stage
+
+    def stage_from_base(self: Jobs, epoch: int, plan: Any, chunk: Any, after: Pending, tag: int) -> Any:
+        base = plan.base[chunk.bank].physical_to_logical_map
+        before = plan.placements_after(chunk.idx - 1)[chunk.bank].physical_to_logical_map
+        moves = np.array(chunk.moves)
+        for move in moves:
+            layer, _, _, expert = move
+            gone = np.flatnonzero((base[layer] == expert) & (before[layer] != expert))
+            if len(gone):
+                move[2] = gone[0]
+        return stage(self, epoch, plan, replace(chunk, moves=moves), after, tag)
+
+    patch.setattr(Jobs, "_stage", stage_from_base)
+
+
+class _Hasty:
+    """A transport for which everything is complete at once, failed or not."""
+
+    def __init__(self, inner: Transport) -> None:
+        self._inner = inner
+
+    def begin(self, *what: Any) -> Pending:
+        with contextlib.suppress(TransferError):
+            self._inner.begin(*what).poll()
+        return Done()
+
+
+def count_incomplete(patch: Patch) -> None:
+    """A transfer that failed, or has not ended, counts as one that succeeded."""
+    stage = StagingArea.stage
+
+    def stage_hastily(self: StagingArea, chunk: Any, after: Pending, tag: int, transport: Any, *rest: Any) -> Any:
+        return stage(self, chunk, after, tag, _Hasty(transport), *rest)  # type: ignore[arg-type]
+
+    patch.setattr(StagingArea, "stage", stage_hastily)
+    no_hash(patch)
+
+
+def no_hash(patch: Patch) -> None:
+    """Rows carry no hash, so a damaged one is not seen."""
+    patch.setattr(StagingArea, "_verify", lambda self, at, received: None)
+
+
+def believe_the_plan(patch: Patch) -> None:
+    """The placement that a rank believes in is that of its plan before anything is committed."""
+    accept_plan = EpochRunner.accept_plan
+
+    def accept_and_believe(self: EpochRunner, plan: Any, lag: int) -> PlanTerms:
+        self.placements = plan.banks
+        return accept_plan(self, plan, lag)
+
+    patch.setattr(EpochRunner, "accept_plan", accept_and_believe)
+
+
+# -- an engine that does not call step() once after every pass ----------------------------------------------------
+
+
+def double_step_without_pass_ids(patch: Patch) -> None:
+    """The engine calls step() twice after one pass, and gives no numbers of its passes."""
+    poll_step = RebalanceFSM.poll_step
+    patch.setattr(RebalanceFSM, "poll_step", lambda self, pass_id, now: poll_step(self, None, now))
+
+
+def skipped_step(patch: Patch) -> None:
+    """The engine leaves step() out after one pass; its numbers of the passes save all but that one."""
+
+
+# -- all of them --------------------------------------------------------------------------------------------------
+
+
+class Mutant(NamedTuple):
+    """One thing wrong.
+
+    Attributes:
+        plant: Patches the library; its name is the mutant's in `spec/mutants/`, its docstring what is wrong.
+        breaks: The invariant that a run must break.
+        aim: The faults that its runs are drawn from.
+        is_strict: Also a pass counts that the library cannot save.
+        has_stale_rank: One rank votes for another membership.
+    """
+
+    plant: Callable[[Patch], None]
+    breaks: str
+    aim: Aim = ANY
+    is_strict: bool = False
+    has_stale_rank: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name."""
+        return self.plant.__name__
+
+    @property
+    def is_wrong_how(self) -> str:
+        """What is wrong, in a sentence."""
+        return " ".join((self.plant.__doc__ or "").split())
+
+
+PLANNING = (State.IDLE, State.COLLECTING)
+MOVING = (State.TRANSFERRING,)
+
+
+MUTANTS = (
+    Mutant(pass_without_result, "same_decision", Aim((FaultKind.ROUNDS_HELD,), MOVING)),
+    Mutant(no_digest, "same_plan", Aim((FaultKind.OTHER_PLAN,), PLANNING)),
+    Mutant(begin_on_progress, "same_plan", Aim((FaultKind.OTHER_PLAN,), PLANNING)),
+    Mutant(
+        commit_on_progress, "no_commit_after_abort", Aim((FaultKind.ABORT, FaultKind.FREEZE, FaultKind.STOP), MOVING)
+    ),
+    Mutant(commit_alone, "no_torn_forward", NO_FAULTS),
+    Mutant(begin_alone, "no_transfer_without_consensus", NO_FAULTS),
+    Mutant(start_undrained, "no_stale_receive", Aim((FaultKind.ABORT, FaultKind.WORKER_STUCK), MOVING)),
+    Mutant(freeze_undrained, "frozen_is_quiet", Aim((FaultKind.FREEZE, FaultKind.WORKER_STUCK), MOVING)),
+    Mutant(buffer_not_free, "live_equals_map", NO_FAULTS),
+    Mutant(rows_in_conflict, "live_equals_map", NO_FAULTS),
+    Mutant(ignore_commit_event, "live_equals_map", NO_FAULTS),
+    Mutant(sources_in_first_placement, "live_equals_map", NO_FAULTS),
+    Mutant(withdraw, "commit_cannot_fail", Aim((FaultKind.ABORT,), is_at_promise=True)),
+    Mutant(
+        give_up_in_window, "no_torn_forward", Aim((FaultKind.ROUNDS_HELD, FaultKind.CHANNEL_LOST), is_at_promise=True)
+    ),
+    Mutant(giving_up_not_binding, "no_torn_forward", Aim((FaultKind.ROUNDS_HELD,), is_at_promise=True)),
+    Mutant(stop_in_silence, "no_silent_stop", Aim((FaultKind.ROUNDS_HELD, FaultKind.CLOSE))),
+    Mutant(count_incomplete, "live_equals_map", NO_FAULTS),
+    Mutant(no_hash, "live_equals_map", Aim((FaultKind.ROW_DAMAGED,))),
+    Mutant(dead_worker_without_deadline, "epoch_bounded", Aim((FaultKind.WORKER_STUCK, FaultKind.PLANNER_STUCK))),
+    Mutant(deadline_acts, "no_torn_forward", NO_FAULTS),
+    Mutant(
+        believe_the_plan, "live_equals_map", Aim((FaultKind.ABORT,), (State.AWAITING_CONSENSUS, State.TRANSFERRING))
+    ),
+    Mutant(abort_in_silence, "outcome_recorded", Aim((FaultKind.ABORT,))),
+    Mutant(commit_after_stop, "stopped_harmless", Aim((FaultKind.STOP, FaultKind.CLOSE), is_at_promise=True)),
+    Mutant(double_step_without_pass_ids, "no_torn_forward", Aim((FaultKind.STEP_DOUBLED,), is_at_promise=True)),
+    Mutant(skipped_step, "no_torn_forward", Aim((FaultKind.STEP_SKIPPED,), is_at_promise=True), is_strict=True),
+    Mutant(generation_not_compared, "same_membership", has_stale_rank=True),
+)
