@@ -11,29 +11,29 @@ from transitions import Machine
 
 from eplb_fsm.core.states import TRANSITIONS, State
 
+_MACHINE = Machine(
+    model=None,
+    states=State,
+    initial=State.IDLE,
+    transitions=[{"trigger": row.trigger, "source": list(row.sources), "dest": row.dest} for row in TRANSITIONS],
+    auto_transitions=False,
+    send_event=False,
+    queued=False,
+)
+"""The table; it holds no state, so one serves all ranks of a process."""
+
 
 class Lifecycle:
     """The current state of one rank."""
 
-    state: State
-
     def __init__(self) -> None:
-        self._machine = Machine(
-            model=self,
-            states=State,
-            initial=State.IDLE,
-            transitions=[
-                {"trigger": row.trigger, "source": list(row.sources), "dest": row.dest} for row in TRANSITIONS
-            ],
-            auto_transitions=False,
-            send_event=False,
-            queued=False,
-        )
+        self.state = State.IDLE
 
     def fire(self, action: str) -> None:
         """Make the transition of an action, by its snake_case name.
 
         Raises:
+            KeyError: If there is no such action.
             transitions.MachineError: If the table does not allow it in the current state; that is a bug.
         """
-        self.trigger(action)  # type: ignore[attr-defined]  # added by Machine
+        _MACHINE.events[action].trigger(self)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -28,6 +29,7 @@ from eplb_fsm.runtime.worker import CooperativeWorker, Mailbox
 from eplb_fsm.simulate.clock import VirtualClock
 from eplb_fsm.simulate.engine import Shape, SimulatedEngine, WrongForwardError
 from eplb_fsm.simulate.faults import Faults, FaultyMapWriter, FaultyPlanner, FaultyTransport
+from eplb_fsm.simulate.planning import RememberingTask
 
 _ACTION_SECONDS = 1e-5
 
@@ -58,6 +60,11 @@ class FailStopError(Exception):
     def __init__(self, error: EplbError) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+@cache
+def _initial(shape: Shape, num_ranks: int) -> Placement:
+    return Placement.initial(shape.num_moe_layers, shape.num_logical_experts, shape.num_physical_experts, num_ranks)
 
 
 def _fail_stop(error: EplbError) -> NoReturn:
@@ -167,9 +174,7 @@ class SimulatedCluster:
 
     def _make_rank(self, rank: int, num_ranks: int, observers: Sequence[Observer]) -> SimulatedRank:
         shape, config = self.shape, self.config
-        placement = Placement.initial(
-            shape.num_moe_layers, shape.num_logical_experts, shape.num_physical_experts, num_ranks
-        )
+        placement = _initial(shape, num_ranks)
         engine = SimulatedEngine(rank, shape, placement)
         engine.on_forward = lambda pass_id, used_map: self._note_forward(Forward(rank, pass_id, used_map))
         domain = Domain(rank, num_ranks)
@@ -191,7 +196,7 @@ class SimulatedCluster:
         transport = FaultyTransport(self._exchange, rank, faults)
         check_banks(config, domain, banks, [placement])
         check_links(config, banks, transport, channel)
-        task = plan_task(config, domain, banks)
+        task = RememberingTask.like(plan_task(config, domain, banks))
         mailbox = Mailbox()
         worker = CooperativeWorker(mailbox)
         parts = assemble(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -52,11 +53,11 @@ class SimulatedEngine:
         self.on_forward: Callable[[int, bytes], None] = lambda pass_id, used_map: None
         num_local = placement.num_local_physical_experts
         self._mine = slice(rank * num_local, (rank + 1) * num_local)
-        self._right_bytes: dict[bytes, tuple[bytes, bytes]] = {}
-        """Weights and scales under each map seen so far."""
-        self.weights, self.scales = self._right_contents(placement.physical_to_logical_map)
+        weights, scales = _contents(placement.physical_to_logical_map[:, self._mine].tobytes(), shape)
+        self.weights, self.scales = torch.from_numpy(weights.copy()), torch.from_numpy(scales.copy())
         # Views for the check of every pass: comparing bytes takes a fraction of the time of tensor operations.
         self._held_weights, self._held_scales = self.weights.numpy(), self.scales.numpy()
+        self._table: npt.NDArray[np.int64] | None = None
 
     def bank(self) -> Bank:
         """Return the experts as a bank."""
@@ -69,25 +70,30 @@ class SimulatedEngine:
         Raises:
             WrongForwardError: Naming rank and slots.
         """
-        table = maps.physical_to_logical_map.numpy()
-        used_map = table.tobytes()
+        table = self._table
+        if table is None:
+            # The maps are written in place, so one view serves all passes; making one costs more than the rest.
+            table = self._table = maps.physical_to_logical_map.numpy()
         self.num_forwards += 1
-        self.on_forward(pass_id, used_map)
-        right = self._right_bytes.get(used_map)
-        if right is None:
-            weights, scales = self._right_contents(table)
-            right = self._right_bytes[used_map] = weights.numpy().tobytes(), scales.numpy().tobytes()
-        if right != (self._held_weights.tobytes(), self._held_scales.tobytes()):
-            weights, scales = self._right_contents(table)
-            is_right = (weights == self.weights).all(-1) & (scales == self.scales)
+        self.on_forward(pass_id, table.tobytes())
+        mine = table[:, self._mine].tobytes()
+        if _content_bytes(mine, self.shape) != (self._held_weights.tobytes(), self._held_scales.tobytes()):
+            weights, scales = _contents(mine, self.shape)
+            is_right = (weights == self._held_weights).all(-1) & (scales == self._held_scales)
             raise WrongForwardError(
                 f"rank {self.rank} pass {pass_id}: slots, by layer, that hold the right expert: {is_right.tolist()}"
             )
 
-    def _right_contents(self, table: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and scales that this rank's slots should hold under a map."""
-        experts = torch.from_numpy(table[:, self._mine].copy())
-        layers = torch.arange(self.shape.num_moe_layers)[:, None]
-        words = torch.arange(1, self.shape.num_words + 1)
-        weights = (experts * 1_000_003 + layers * 101 + 7)[..., None] * words
-        return weights, (experts + 100 * layers).to(torch.float32) + 0.5
+
+def _contents(experts_of_slots: bytes, shape: Shape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Weights and scales that slots should hold under the part of the map that is theirs, layer by layer."""
+    experts = np.frombuffer(experts_of_slots, np.int64).reshape(shape.num_moe_layers, -1)
+    layers = np.arange(shape.num_moe_layers)[:, None]
+    weights = (experts * 1_000_003 + layers * 101 + 7)[..., None] * np.arange(1, shape.num_words + 1)
+    return weights, (experts + 100 * layers).astype(np.float32) + np.float32(0.5)
+
+
+@lru_cache(4096)
+def _content_bytes(experts_of_slots: bytes, shape: Shape) -> tuple[bytes, bytes]:
+    weights, scales = _contents(experts_of_slots, shape)
+    return weights.tobytes(), scales.tobytes()
