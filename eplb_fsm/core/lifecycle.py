@@ -7,6 +7,8 @@ in one would leave the new state in place), and an undeclared trigger raises.
 
 from __future__ import annotations
 
+from functools import cache
+
 from transitions import Machine
 
 from eplb_fsm.core.states import TRANSITIONS, State
@@ -26,8 +28,8 @@ _MACHINE = Machine(
 class Lifecycle:
     """The current state of one rank."""
 
-    def __init__(self) -> None:
-        self.state = State.IDLE
+    def __init__(self, state: State = State.IDLE) -> None:
+        self.state = state
 
     def fire(self, action: str) -> None:
         """Make the transition of an action, by its snake_case name.
@@ -36,4 +38,12 @@ class Lifecycle:
             KeyError: If there is no such action.
             transitions.MachineError: If the table does not allow it in the current state; that is a bug.
         """
-        _MACHINE.events[action].trigger(self)
+        self.state = _state_after(self.state, action)
+
+
+@cache
+def _state_after(state: State, action: str) -> State:
+    """Ask the machine; once, since nothing but the table decides."""
+    model = Lifecycle(state)
+    _MACHINE.events[action].trigger(model)
+    return model.state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -53,10 +53,10 @@ class SimulatedEngine:
         self.on_forward: Callable[[int, bytes], None] = lambda pass_id, used_map: None
         num_local = placement.num_local_physical_experts
         self._mine = slice(rank * num_local, (rank + 1) * num_local)
-        weights, scales = _contents(placement.physical_to_logical_map[:, self._mine].tobytes(), shape)
-        self.weights, self.scales = torch.from_numpy(weights.copy()), torch.from_numpy(scales.copy())
-        # Views for the check of every pass: comparing bytes takes a fraction of the time of tensor operations.
-        self._held_weights, self._held_scales = self.weights.numpy(), self.scales.numpy()
+        # The check of every pass compares bytes, which takes a fraction of the time of tensor operations.
+        self._held = _contents(placement.physical_to_logical_map[:, self._mine], shape)
+        self.weights, self.scales = map(torch.from_numpy, self._held)
+        self._right_bytes = _right_bytes(shape, rank, num_local)
         self._table: npt.NDArray[np.int64] | None = None
 
     def bank(self) -> Bank:
@@ -74,26 +74,35 @@ class SimulatedEngine:
         if table is None:
             # The maps are written in place, so one view serves all passes; making one costs more than the rest.
             table = self._table = maps.physical_to_logical_map.numpy()
+        used_map = table.tobytes()
         self.num_forwards += 1
-        self.on_forward(pass_id, table.tobytes())
-        mine = table[:, self._mine].tobytes()
-        if _content_bytes(mine, self.shape) != (self._held_weights.tobytes(), self._held_scales.tobytes()):
-            weights, scales = _contents(mine, self.shape)
-            is_right = (weights == self._held_weights).all(-1) & (scales == self._held_scales)
+        self.on_forward(pass_id, used_map)
+        weights, scales = self._held
+        if (weights.tobytes(), scales.tobytes()) != self._right_bytes(used_map):
+            right_weights, right_scales = _contents(table[:, self._mine], self.shape)
+            is_right = (weights == right_weights).all(-1) & (scales == right_scales)
             raise WrongForwardError(
                 f"rank {self.rank} pass {pass_id}: slots, by layer, that hold the right expert: {is_right.tolist()}"
             )
 
 
-def _contents(experts_of_slots: bytes, shape: Shape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Weights and scales that slots should hold under the part of the map that is theirs, layer by layer."""
-    experts = np.frombuffer(experts_of_slots, np.int64).reshape(shape.num_moe_layers, -1)
+def _contents(
+    experts: npt.NDArray[np.int64], shape: Shape
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Weights and scales of experts, which are given by layer and slot."""
     layers = np.arange(shape.num_moe_layers)[:, None]
     weights = (experts * 1_000_003 + layers * 101 + 7)[..., None] * np.arange(1, shape.num_words + 1)
     return weights, (experts + 100 * layers).astype(np.float32) + np.float32(0.5)
 
 
-@lru_cache(4096)
-def _content_bytes(experts_of_slots: bytes, shape: Shape) -> tuple[bytes, bytes]:
-    weights, scales = _contents(experts_of_slots, shape)
-    return weights.tobytes(), scales.tobytes()
+@cache
+def _right_bytes(shape: Shape, rank: int, num_local: int) -> Callable[[bytes], tuple[bytes, bytes]]:
+    """Return what a rank's slots should hold under a map, worked out once for all runs."""
+
+    @lru_cache(1024)
+    def right_bytes(used_map: bytes) -> tuple[bytes, bytes]:
+        table = np.frombuffer(used_map, np.int64).reshape(shape.num_moe_layers, -1, num_local)
+        weights, scales = _contents(table[:, rank], shape)
+        return weights.tobytes(), scales.tobytes()
+
+    return right_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eplb_fsm.core.deadlines import epoch_bound_steps
@@ -22,6 +22,8 @@ _MAX_QUIET_ACTIONS = 500
 """Actions without any event after which a run stands still."""
 _TAIL_STEPS = 3
 """Steps after the last outcome: forward passes with the last maps."""
+_BRANCH_ACTIONS = 45
+"""Actions from one moment at which a run may branch to the next, at least."""
 _OWN_PASS = -1
 """Number of the forward pass that only looks at the slots at the end."""
 
@@ -162,7 +164,11 @@ class Run:
         self._changes_from: dict[Fault, int] = {}
         """The first round in which the rank votes after a fault."""
         self._num_repaired = [0] * scenario.num_ranks
-        self._wrong_forward = ""
+        self._num_seen = self._num_quiet = 0
+        self._last_step = _MAX_STEPS
+        self._branch_at = _BRANCH_ACTIONS
+        self._is_over = self._stands_still = False
+        self._broken: list[str] = []
         self.cluster = SimulatedCluster(
             scenario.num_ranks,
             scenario.config,
@@ -183,28 +189,25 @@ class Run:
     def _rank_range(self) -> range:
         return range(self.scenario.num_ranks)
 
-    def result(self) -> RunResult:
-        """Run to the end, check everything, and say what was seen."""
-        stands_still = False
-        try:
-            stands_still = self._run()
-            self.cluster.settle()
-            violations = self._check()
-        except WrongForwardError as error:
-            violations = [f"live_equals_map: {error}"]
-        except Exception as error:  # out of step() nothing may come but a fail-stop
-            violations = [f"raised: {type(error).__name__}: {error}"]
-        if stands_still and len(self.cluster.living) == self.scenario.num_ranks:
+    def result(self, seed: int | None = None) -> RunResult:
+        """Run to the end, check everything, and say what was seen.
+
+        Args:
+            seed: What to call the run; None: the scenario's own seed.
+        """
+        self.go_on()
+        violations = self._broken or self._check_all()
+        if self._stands_still and len(self.cluster.living) == self.scenario.num_ranks:
             violations.append(
                 f"stands still: {[(rank.fsm.state.value, rank.is_waiting) for rank in self.cluster.ranks]}"
             )
         return RunResult(
-            scenario=self.scenario,
+            scenario=self.scenario if seed is None else replace(self.scenario, seed=seed),
             violations=violations,
-            schedule=self._schedule,
-            events=self.journal.events,
+            schedule=list(self._schedule),
+            events=list(self.journal.events),
             interleaving=self.journal.interleaving(),
-            states=self.journal.states,
+            states=set(self.journal.states),
             hits=self._targets(),
             num_epochs=min((len(self.journal.outcomes[rank.rank]) for rank in self.cluster.living), default=0),
             has_second_epoch=any(map(_has_second_epoch, self.journal.outcomes)),
@@ -212,25 +215,51 @@ class Run:
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def _run(self) -> bool:
-        """Act until the run is over; True if nothing happens any more although it is not."""
-        num_seen = num_quiet = 0
-        last_step = _MAX_STEPS
-        while self.cluster.living:
-            self._act()
-            num_quiet += 1
-            if len(self.journal.events) == num_seen:
-                if num_quiet > _MAX_QUIET_ACTIONS:
-                    return not all(rank.fsm.state is State.STOPPED for rank in self.cluster.living)
-                if not num_quiet % 32:  # stopped ranks make steps and no events
-                    last_step = min(last_step, self._end_if_over())
-            else:
-                num_seen, num_quiet = len(self.journal.events), 0
-                self._repair()
-                last_step = min(last_step, self._end_if_over())
-            if all(rank.fsm.step_idx >= last_step for rank in self.cluster.living):
-                return False
+    def go_on(self, *, to_branch: bool = False) -> bool:
+        """Act until the run is over, or comes to the next moment at which it may branch; True if it came to one.
+
+        That is a moment in which no job is under way, some actions after the last one: it can be saved, and
+        :meth:`reseed` makes another run of what follows.
+        """
+        try:
+            while not self._is_over:
+                if to_branch and len(self._schedule) >= self._branch_at and self._has_no_jobs():
+                    self._branch_at = len(self._schedule) + _BRANCH_ACTIONS
+                    return True
+                self._is_over = not self.cluster.living or self._turn()
+        except Exception as error:
+            self._note_broken(error)
         return False
+
+    def reseed(self, seed: int) -> None:
+        """Let another seed decide every choice from here on."""
+        self.cluster.random.seed(seed)
+
+    def _has_no_jobs(self) -> bool:
+        return all(rank.worker.is_idle for rank in self.cluster.living)
+
+    def _note_broken(self, error: Exception) -> None:
+        self._is_over = True
+        if isinstance(error, WrongForwardError):
+            self._broken.append(f"live_equals_map: {error}")
+        else:  # out of step() nothing may come but a fail-stop
+            self._broken.append(f"raised: {type(error).__name__}: {error}")
+
+    def _turn(self) -> bool:
+        """Act once; True if the run is over."""
+        self._act()
+        self._num_quiet += 1
+        if len(self.journal.events) == self._num_seen:
+            if self._num_quiet > _MAX_QUIET_ACTIONS:
+                self._stands_still = not all(rank.fsm.state is State.STOPPED for rank in self.cluster.living)
+                return True
+            if not self._num_quiet % 32:  # stopped ranks make steps and no events
+                self._last_step = min(self._last_step, self._end_if_over())
+        else:
+            self._num_seen, self._num_quiet = len(self.journal.events), 0
+            self._repair()
+            self._last_step = min(self._last_step, self._end_if_over())
+        return all(rank.fsm.step_idx >= self._last_step for rank in self.cluster.living)
 
     def _end_if_over(self) -> int:
         """Return the step after which nothing more is to be seen; the limit as long as there is."""
@@ -306,6 +335,15 @@ class Run:
 
     def _bound(self, transferring_deadline_steps: int) -> int:
         return epoch_bound_steps(self.scenario.config, self.scenario.lag, transferring_deadline_steps)
+
+    def _check_all(self) -> list[str]:
+        """Let the devices catch up and check everything."""
+        try:
+            self.cluster.settle()
+            return self._check()
+        except Exception as error:
+            self._note_broken(error)
+            return self._broken
 
     def _check(self) -> list[str]:
         found = find_violations(self.journal.events, self._bound)

@@ -19,6 +19,7 @@ from eplb_fsm.core.rank import RankCore
 from eplb_fsm.core.states import State
 from eplb_fsm.core.votes import Decision, Tally
 from eplb_fsm.observe.events import Event
+from eplb_fsm.simulate.branches import NUM_BRANCHES
 from eplb_fsm.simulate.coverage import all_targets, feasible_targets, measure_coverage, why_impossible
 from eplb_fsm.simulate.explore import Failure, Findings, Space, explore, explore_seeds, quiet_log, run_seed
 from eplb_fsm.simulate.run import Journal, Run
@@ -161,11 +162,11 @@ _decide = core_rank.decide
 def test_a_failing_run_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a bug planted one of 100 seeds fails; what is left of it still does, with fewer faults and choices."""
     monkeypatch.setattr(core_rank, "decide", no_abort)
-    scenario = SPACE.scenario(explore_seeds(SPACE, range(100)).failures[0].seed)
+    seed = explore_seeds(SPACE, range(100 * NUM_BRANCHES)).failures[0].seed
     with quiet_log():
-        shrunk = shrink(scenario)
+        full = run_seed(SPACE, seed)
+        shrunk = shrink(full)
         assert Run(shrunk.result.scenario, shrunk.schedule).result().digest == shrunk.result.digest
-        full = Run(scenario).result()
     assert shrunk.result.violations[0].startswith("no_commit_after_abort")
     assert len(shrunk.result.scenario.faults) < len(full.scenario.faults)
     assert shrunk.num_choices < len(full.schedule) / 4
@@ -174,7 +175,7 @@ def test_a_failing_run_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_holds_cannot_be_made_small() -> None:
     """Shrinking a run that breaks nothing says so."""
     with quiet_log(), pytest.raises(ValueError, match="breaks no invariant"):
-        shrink(SPACE.scenario(42))
+        shrink(run_seed(SPACE, 42))
 
 
 def test_a_promise_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
