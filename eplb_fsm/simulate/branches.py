@@ -2,39 +2,41 @@
 
 The seeds ``n * NUM_BRANCHES`` up to ``(n + 1) * NUM_BRANCHES`` share one scenario and its first actions. Wherever the
 run may branch (:meth:`~eplb_fsm.simulate.run.Run.go_on`), half of the seeds that have come so far part from the other
-half: the state is put back, and chance goes on from another seed. So each seed is still one run and one schedule from
-the start, and a seed that is run alone takes the same turns.
+half: the state is put back, and another seed decides what is still to come, choices and faults. So each seed is still
+one run from the start, and a seed that is run alone takes the same turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from eplb_fsm.simulate.run import Run, RunResult
-from eplb_fsm.simulate.scenario import Scenario
+from eplb_fsm.simulate.scenario import Scenario, Target
 from eplb_fsm.simulate.snapshot import Parts, Snapshot
 
 NUM_BRANCHES = 64
 
 
-def run_branches(scenario: Scenario, seeds: range) -> Iterator[RunResult]:
+def run_branches(scenario: Scenario, seeds: range, targets: Sequence[Target]) -> Iterator[RunResult]:
     """Run some of the seeds that share a scenario, in ascending order.
 
     Args:
         scenario: Theirs, with any of its seeds.
         seeds: The seeds wanted; others are left out.
+        targets: What the faults may aim at.
     """
     first = scenario.seed // NUM_BRANCHES * NUM_BRANCHES
-    yield from _Branches(Run(scenario), seeds).go_on(range(first, first + NUM_BRANCHES))
+    yield from _Branches(Run(scenario), seeds, targets).go_on(range(first, first + NUM_BRANCHES))
 
 
 class _Branches:
     """One run and the seeds that are wanted of it."""
 
-    def __init__(self, run: Run, wanted: range) -> None:
+    def __init__(self, run: Run, wanted: range, targets: Sequence[Target]) -> None:
         self._run = run
         self._parts = Parts(run)
         self._wanted = wanted
+        self._targets = targets
 
     def go_on(self, seeds: range) -> Iterator[RunResult]:
         """Go on from here with all of these seeds."""
@@ -44,14 +46,14 @@ class _Branches:
             if not self._wants(half):
                 continue
             here.restore()
-            self._run.reseed(half.start)
+            self._run.reseed(half.start, self._targets)
             if len(half) > 1 and self._run.go_on(to_branch=True):
                 yield from self.go_on(half)
                 continue
             for seed in half:
                 if seed != half.start:  # the run was over before it could branch again: these part from here
                     here.restore()
-                    self._run.reseed(seed)
+                    self._run.reseed(seed, self._targets)
                 if seed in self._wanted:
                     yield self._run.result(seed)
 

@@ -37,7 +37,7 @@ class Space(NamedTuple):
     def runs(self, seeds: range) -> Iterator[RunResult]:
         """Run all seeds, one after the other."""
         for first in range(seeds.start // NUM_BRANCHES * NUM_BRANCHES, seeds.stop, NUM_BRANCHES):
-            yield from run_branches(self.scenario(first), seeds)
+            yield from run_branches(self.scenario(first), seeds, feasible_targets())
 
 
 class Failure(NamedTuple):

@@ -13,7 +13,7 @@ from eplb_fsm.core.states import State
 from eplb_fsm.observe.events import Event
 from eplb_fsm.simulate.cluster import Action, Choice, SimulatedCluster, SimulatedRank
 from eplb_fsm.simulate.engine import WrongForwardError
-from eplb_fsm.simulate.scenario import NEEDS_PASS_IDS, NO_DECISION, Fault, Scenario, Target
+from eplb_fsm.simulate.scenario import NEEDS_PASS_IDS, NO_DECISION, Fault, Scenario, Target, redraw_faults
 from eplb_fsm.simulate.strikes import repair, strike
 
 _MAX_STEPS = 80
@@ -231,9 +231,13 @@ class Run:
             self._note_broken(error)
         return False
 
-    def reseed(self, seed: int) -> None:
-        """Let another seed decide every choice from here on."""
+    def reseed(self, seed: int, targets: Sequence[Target]) -> None:
+        """Let another seed decide what is still to come: every choice, and the faults that have not struck."""
         self.cluster.random.seed(seed)
+        struck = tuple(fault for fault, _, _ in self._hits)
+        coming = redraw_faults(self.scenario, seed, max(self.journal.epochs), len(self._schedule), targets)
+        self.scenario = replace(self.scenario, faults=struck + coming)
+        self._pending = [[fault for fault in coming if fault.rank == rank] for rank in self._rank_range]
 
     def _has_no_jobs(self) -> bool:
         return all(rank.worker.is_idle for rank in self.cluster.living)
@@ -297,7 +301,9 @@ class Run:
         """Let every fault of this rank happen whose time has come."""
         state, epoch = rank.fsm.state, self.journal.epochs[rank.rank]
         for fault in list(self._pending[rank.rank]):
-            if fault.state is not state or epoch < fault.epoch or not self._may_strike(fault):
+            if fault.state is not state or epoch < fault.epoch or len(self._schedule) < fault.since:
+                continue
+            if not self._may_strike(fault):
                 continue
             waited = self._waited[fault] = self._waited.get(fault, 0) + 1
             if waited >= fault.nth:

@@ -71,6 +71,7 @@ class Fault(NamedTuple):
         state: and for this state,
         nth: and strikes before that action there, counted from 1,
         follows: not before a round is out that the fault before it in the scenario can have changed.
+        since: Actions of the run before it was drawn; it waits from then on.
     """
 
     kind: FaultKind
@@ -79,6 +80,7 @@ class Fault(NamedTuple):
     state: State
     nth: int
     follows: bool = False
+    since: int = 0
 
     def __str__(self) -> str:
         when = f"epoch {self.epoch}, {self.state.value}, action {self.nth}"
@@ -193,7 +195,7 @@ def draw_scenario(seed: int, num_ranks: int, is_lockstep: bool | None, targets: 
         targets: Every second seed aims at one of them, in turn; the others leave all to chance.
     """
     rng = random.Random(seed)
-    target = targets[seed // 2 % len(targets)] if targets and seed % 2 else None
+    target = _aim(seed, targets)
     faults = _aimed(rng, num_ranks, target) if target else _any_faults(rng, num_ranks)
     wants_commit = target is not None and target.decision == "COMMIT"
     drawn_lockstep = rng.random() < 0.5
@@ -218,6 +220,35 @@ def draw_scenario(seed: int, num_ranks: int, is_lockstep: bool | None, targets: 
         num_epochs=2 if len(faults) and rng.random() < 0.9 else 1,
         faults=tuple(faults),
     )
+
+
+def redraw_faults(
+    scenario: Scenario, seed: int, epoch: int, since: int, targets: Sequence[Target] = ()
+) -> tuple[Fault, ...]:
+    """Draw the faults that are still to come in a run that is under way.
+
+    Args:
+        scenario: The run; its configuration stays.
+        seed: Decides them, with ``since``.
+        epoch: The epoch that is under way, or the last one.
+        since: Actions that it has made.
+        targets: As in :func:`draw_scenario`.
+    """
+    rng = random.Random(seed << 16 | since)
+    target = _aim(seed, targets)
+    if target is not None and target.state in _PLANNING and not scenario.plans_everywhere:
+        target = None
+    faults = _aimed(rng, scenario.num_ranks, target) if target else _any_faults(rng, scenario.num_ranks)
+    return tuple(
+        fault._replace(epoch=fault.epoch + max(epoch - 1, 0), since=since)
+        for fault in faults
+        if scenario.has_pass_ids or fault.kind not in NEEDS_PASS_IDS
+    )
+
+
+def _aim(number: int, targets: Sequence[Target]) -> Target | None:
+    """Every second number aims at a target, in turn."""
+    return targets[number // 2 % len(targets)] if targets and number % 2 else None
 
 
 _ABORTING = (
