@@ -21,7 +21,7 @@ from eplb_fsm.runtime.assembly import check_banks, check_links, plan_task
 from eplb_fsm.runtime.channel import InMemoryBallotBox, InMemoryVoteChannel
 from eplb_fsm.runtime.device import SimulatedDevice
 from eplb_fsm.runtime.domain import Domain
-from eplb_fsm.runtime.maps import BankMaps, TensorMapWriter
+from eplb_fsm.runtime.maps import BankMaps
 from eplb_fsm.runtime.marks import InMemoryMarkBoard, Mark
 from eplb_fsm.runtime.parts import EngineSide, Links, Parts, assemble, make_staging
 from eplb_fsm.runtime.transport import InMemoryExchange
@@ -29,7 +29,7 @@ from eplb_fsm.runtime.worker import CooperativeWorker, Mailbox
 from eplb_fsm.simulate.clock import VirtualClock
 from eplb_fsm.simulate.engine import Shape, SimulatedEngine, WrongForwardError
 from eplb_fsm.simulate.faults import Faults, FaultyMapWriter, FaultyPlanner, FaultyTransport
-from eplb_fsm.simulate.planning import RememberingTask
+from eplb_fsm.simulate.planning import RememberingMapWriter, RememberingTask
 
 _ACTION_SECONDS = 1e-5
 
@@ -159,7 +159,7 @@ class SimulatedCluster:
         self._is_lockstep = is_lockstep
         self._checks_forwards = checks_forwards
         self._has_pass_ids = has_pass_ids
-        self._choices = [[Choice(rank, action) for action in Action] for rank in range(num_ranks)]
+        self._choices = tuple(tuple(Choice(rank, action) for action in Action) for rank in range(num_ranks))
         self._box = InMemoryBallotBox(num_ranks)
         self._exchange = InMemoryExchange(num_ranks, is_one_sided=is_one_sided)
         self._marks: list[Mark | None] = [None] * num_ranks
@@ -181,7 +181,7 @@ class SimulatedCluster:
         device = SimulatedDevice(self._max_passes_ahead)
         banks = [engine.bank()]
         faults = Faults()
-        maps = TensorMapWriter([placement])
+        maps = RememberingMapWriter([placement])
         side = EngineSide(
             banks=banks,
             placements=[placement],
@@ -243,13 +243,15 @@ class SimulatedCluster:
 
     def choose(self) -> Choice:
         """Choose a living rank and an action, both at random."""
-        rank = self.living[int(self.random.random() * len(self.living))].rank
-        choice = self.random.random()
+        draw = self.random.random
+        living = self.living
+        choices = self._choices[living[int(draw() * len(living))].rank]
+        choice = draw()
         if choice < self.worker_share:
-            return self._choices[rank][Action.WORK]
+            return choices[1]
         if choice < self.worker_share + self.device_share:
-            return self._choices[rank][Action.DEVICE]
-        return self._choices[rank][Action.MARK if choice > 1 - self.mark_share else Action.STEP]
+            return choices[2]
+        return choices[3 if choice > 1 - self.mark_share else 0]
 
     def take(self, choice: Choice) -> Action | None:
         """Let a living rank take an action; where its worker or device has nothing to do, it makes a step instead.

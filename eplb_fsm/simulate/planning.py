@@ -8,9 +8,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan
 from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
+from eplb_fsm.runtime.maps import TensorMapWriter, table_rows
 
 _NUM_KEPT = 4096
 
@@ -47,6 +49,18 @@ class _SharedPlan(Plan):
     def made_after(self, idx: int) -> tuple[Placement, ...]:
         """Make these placements."""
         return super().placements_after(idx)
+
+
+class RememberingMapWriter(TensorMapWriter):
+    """A map writer that works the rows out once for each placement and its layers."""
+
+    def _rows(self, bank: int, placement: Placement, layers: Sequence[int]) -> tuple[Int64Array, ...]:
+        return _map_rows(placement, self._widths[bank], tuple(layers))
+
+
+@lru_cache(_NUM_KEPT)
+def _map_rows(placement: Placement, width: int, layers: tuple[int, ...]) -> tuple[Int64Array, ...]:
+    return table_rows(placement, width, layers)
 
 
 @lru_cache(_NUM_KEPT)

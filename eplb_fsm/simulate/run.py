@@ -196,7 +196,7 @@ class Run:
             seed: What to call the run; None: the scenario's own seed.
         """
         self.go_on()
-        violations = self._broken or self._check_all()
+        violations = list(self._broken or self._check_all())
         if self._stands_still and len(self.cluster.living) == self.scenario.num_ranks:
             violations.append(
                 f"stands still: {[(rank.fsm.state.value, rank.is_waiting) for rank in self.cluster.ranks]}"

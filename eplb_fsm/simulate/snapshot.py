@@ -18,9 +18,13 @@ import torch
 from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.runtime.bank import Bank
+from eplb_fsm.runtime.maps import TensorMapWriter
+from eplb_fsm.runtime.staging import StagingArea
 
 _CONSTANT = (RebalanceConfig, Placement, Bank)
 """Not changed after they were made. The tensors of a bank are found on the engine that owns them."""
+_ONLY_MEMORY = (StagingArea, TensorMapWriter)
+"""Of these only the tensors change."""
 _CONTAINERS = frozenset({list, dict, set, deque})
 
 
@@ -53,7 +57,7 @@ class Parts:
                 pending += part.values()
             elif type(part).__module__.startswith("eplb_fsm.") or isinstance(part, threading.Event):
                 pending += _attributes(part).values()
-                if not _is_frozen(type(part)):
+                if not _is_frozen(type(part)) and not isinstance(part, _ONLY_MEMORY):
                     self.objects.append(part)
         self.memory = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
         """The bytes of every tensor, once however many views there are of them."""
