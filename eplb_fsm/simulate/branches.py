@@ -41,11 +41,14 @@ class _Branches:
     def go_on(self, seeds: range) -> Iterator[RunResult]:
         """Go on from here with all of these seeds."""
         here = Snapshot(self._parts)
+        is_here = True
         middle = (seeds.start + seeds.stop) // 2
         for half in (range(seeds.start, middle), range(middle, seeds.stop)):
             if not self._wants(half):
                 continue
-            here.restore()
+            if not is_here:
+                here.restore()
+            is_here = False
             self._run.reseed(half.start, self._targets)
             if len(half) > 1 and self._run.go_on(to_branch=True):
                 yield from self.go_on(half)

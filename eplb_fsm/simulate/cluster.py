@@ -32,6 +32,8 @@ from eplb_fsm.simulate.faults import Faults, FaultyMapWriter, FaultyPlanner, Fau
 from eplb_fsm.simulate.planning import RememberingMapWriter, RememberingTask
 
 _ACTION_SECONDS = 1e-5
+_VAIN_SHARE = 0.2
+"""Share of the steps of ranks that would have to wait which are tried nevertheless: that is how time passes."""
 
 
 class Action(IntEnum):
@@ -242,16 +244,27 @@ class SimulatedCluster:
         self.take(self.choose())
 
     def choose(self) -> Choice:
-        """Choose a living rank and an action, both at random."""
+        """Choose a living rank and an action, both at random; one that could only wait is rarely chosen."""
         draw = self.random.random
         living = self.living
-        choices = self._choices[living[int(draw() * len(living))].rank]
-        choice = draw()
+        position = int(draw() * len(living))
+        rank, choice = living[position], draw()
         if choice < self.worker_share:
-            return choices[1]
-        if choice < self.worker_share + self.device_share:
-            return choices[2]
-        return choices[3 if choice > 1 - self.mark_share else 0]
+            if not rank.worker.is_idle:
+                return self._choices[rank.rank][Action.WORK]
+        elif choice < self.worker_share + self.device_share:
+            if rank.device.num_pending:
+                return self._choices[rank.rank][Action.DEVICE]
+        elif choice > 1 - self.mark_share:
+            return self._choices[rank.rank][Action.MARK]
+        if self._would_wait(rank) and draw() > _VAIN_SHARE:
+            others = living[position + 1 :] + living[:position]
+            rank = next((other for other in others if not self._would_wait(other)), rank)
+        return self._choices[rank.rank][Action.STEP]
+
+    def _would_wait(self, rank: SimulatedRank) -> bool:
+        """Whether a step of a rank has to wait, for a round that is late or for others' passes."""
+        return rank.is_waiting or not self._may_pass(rank)
 
     def take(self, choice: Choice) -> Action | None:
         """Let a living rank take an action; where its worker or device has nothing to do, it makes a step instead.
@@ -260,6 +273,8 @@ class SimulatedCluster:
             What it did; None where it could only wait.
         """
         rank, action = self.ranks[choice.rank], choice.action
+        if action is Action.STEP:
+            return action if self.step(rank) else None
         if action is Action.WORK and not rank.faults.is_worker_stuck and rank.worker.advance():
             return action
         if action is Action.DEVICE and self._execute_one(rank):
@@ -352,7 +367,11 @@ class SimulatedCluster:
         """In lockstep a pass needs every rank in it; a dead one blocks the others for ever."""
         if not self._is_lockstep:
             return True
-        return all(other.num_passes >= rank.num_passes for other in self.ranks)
+        num_passes = rank.num_passes
+        for other in self.ranks:
+            if other.num_passes < num_passes:
+                return False
+        return True
 
     def _forward(self, rank: SimulatedRank) -> None:
         rank.num_passes += 1

@@ -18,11 +18,11 @@ from eplb_fsm.simulate.strikes import repair, strike
 
 _MAX_STEPS = 80
 """Steps after which a run is over, whatever it has shown: a freeze that nobody takes back lasts for ever."""
-_MAX_QUIET_ACTIONS = 500
+_MAX_QUIET_ACTIONS = 300
 """Actions without any event after which a run stands still."""
 _TAIL_STEPS = 3
 """Steps after the last outcome: forward passes with the last maps."""
-_BRANCH_ACTIONS = 45
+_BRANCH_ACTIONS = 30
 """Actions from one moment at which a run may branch to the next, at least."""
 _OWN_PASS = -1
 """Number of the forward pass that only looks at the slots at the end."""
@@ -98,6 +98,8 @@ class Journal:
         out: The round that is out on each rank, 0 for none.
         epochs: The epoch of each rank.
         decisions: What was read, by round.
+        outcomes: Epochs that have ended on each rank, and how.
+        has_ended: Whether an epoch has ended on some rank, or a rank has stopped.
     """
 
     num_ranks: int
@@ -109,6 +111,7 @@ class Journal:
     epochs: list[int] = field(default_factory=list)
     decisions: dict[int, str] = field(default_factory=dict)
     outcomes: list[list[tuple[int, str]]] = field(default_factory=list)
+    has_ended: bool = False
     _projected: list[tuple[Hashable, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -139,6 +142,8 @@ class Journal:
             self.out[rank] = 0
         if event.detail.get("outcome"):
             self.outcomes[rank].append((event.epoch, event.detail["outcome"]))
+        if event.state == "STOPPED" or self.outcomes[rank]:
+            self.has_ended = True
 
     def interleaving(self) -> int:
         """Return the hash of the order on each rank and on the channel of each round."""
@@ -251,7 +256,7 @@ class Run:
 
     def _turn(self) -> bool:
         """Act once; True if the run is over."""
-        self._act()
+        rank = self._act()
         self._num_quiet += 1
         if len(self.journal.events) == self._num_seen:
             if self._num_quiet > _MAX_QUIET_ACTIONS:
@@ -261,9 +266,13 @@ class Run:
                 self._last_step = min(self._last_step, self._end_if_over())
         else:
             self._num_seen, self._num_quiet = len(self.journal.events), 0
-            self._repair()
-            self._last_step = min(self._last_step, self._end_if_over())
-        return all(rank.fsm.step_idx >= self._last_step for rank in self.cluster.living)
+            if self.journal.has_ended:
+                self._repair()
+                self._last_step = min(self._last_step, self._end_if_over())
+        return not self._goes_on(rank) and not any(map(self._goes_on, self.cluster.living))
+
+    def _goes_on(self, rank: SimulatedRank) -> bool:
+        return rank.is_alive and rank.fsm.step_idx < self._last_step
 
     def _end_if_over(self) -> int:
         """Return the step after which nothing more is to be seen; the limit as long as there is."""
@@ -275,17 +284,18 @@ class Run:
                 return _MAX_STEPS
         return max((rank.fsm.step_idx for rank in self.cluster.living), default=0) + _TAIL_STEPS
 
-    def _act(self) -> None:
+    def _act(self) -> SimulatedRank:
+        """Let the scheduler's choice happen, and return the rank that it fell on."""
         choice = self._choose()
         rank = self.cluster.ranks[choice.rank]
         if self._pending[choice.rank]:
             self._strike(rank)
         self._schedule.append(choice)
-        if not rank.is_alive:
-            return
-        done = self.cluster.take(choice)
-        if done is not None:
-            self.journal.orders[choice.rank].append(done)
+        if rank.is_alive:
+            done = self.cluster.take(choice)
+            if done is not None:
+                self.journal.orders[choice.rank].append(done)
+        return rank
 
     def _choose(self) -> Choice:
         if self._given is None:

@@ -72,10 +72,11 @@ class Snapshot:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._attributes = [(part, _attributes(part)) for part in parts.objects]
+        self._by_dict = [(part.__dict__, dict(part.__dict__)) for part in parts.objects if hasattr(part, "__dict__")]
+        self._by_slots = [(part, _attributes(part)) for part in parts.objects if not hasattr(part, "__dict__")]
         containers = {
             id(value): value
-            for _, attributes in self._attributes
+            for _, attributes in [*self._by_dict, *self._by_slots]
             for value in attributes.values()
             if type(value) in _CONTAINERS
         }
@@ -86,15 +87,15 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back; as often as wanted."""
-        for part, attributes in self._attributes:
-            if hasattr(part, "__dict__"):
-                part.__dict__.clear()
-                part.__dict__.update(attributes)
-            else:
-                for name, value in attributes.items():
-                    setattr(part, name, value)
+        for now, attributes in self._by_dict:
+            now.clear()
+            now.update(attributes)
+        for part, attributes in self._by_slots:
+            for name, value in attributes.items():
+                setattr(part, name, value)
         for container, content in self._contents:
-            _refill(container, _copied(content))
+            if container or content:
+                _refill(container, _copied(content))
         for mailbox in self._parts.queues:
             _taken(mailbox)
         self._refill_queues()
