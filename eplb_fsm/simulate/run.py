@@ -22,7 +22,9 @@ _MAX_QUIET_ACTIONS = 300
 """Actions without any event after which a run stands still."""
 _TAIL_STEPS = 3
 """Steps after the last outcome: forward passes with the last maps."""
-_BRANCH_ACTIONS = 30
+_FIRST_BRANCH = 60
+"""Actions before the first moment at which a run may branch."""
+_BRANCH_ACTIONS = 20
 """Actions from one moment at which a run may branch to the next, at least."""
 _OWN_PASS = -1
 """Number of the forward pass that only looks at the slots at the end."""
@@ -171,7 +173,7 @@ class Run:
         self._num_repaired = [0] * scenario.num_ranks
         self._num_seen = self._num_quiet = 0
         self._last_step = _MAX_STEPS
-        self._branch_at = _BRANCH_ACTIONS
+        self._branch_at = _FIRST_BRANCH
         self._is_over = self._stands_still = False
         self._broken: list[str] = []
         self.cluster = SimulatedCluster(
@@ -264,6 +266,9 @@ class Run:
                 return True
             if not self._num_quiet % 32:  # stopped ranks make steps and no events
                 self._last_step = min(self._last_step, self._end_if_over())
+                is_alone = len(self.cluster.living) < self.scenario.num_ranks
+                if is_alone and self._last_step < _MAX_STEPS:  # in lockstep with a dead rank no pass is made any more
+                    return True
         else:
             self._num_seen, self._num_quiet = len(self.journal.events), 0
             if self.journal.has_ended:
@@ -276,11 +281,12 @@ class Run:
 
     def _end_if_over(self) -> int:
         """Return the step after which nothing more is to be seen; the limit as long as there is."""
-        wanted, outcomes = self.scenario.num_epochs, self.journal.outcomes
         for rank in self.cluster.living:
-            if len(outcomes[rank.rank]) < wanted and not (
-                rank.fsm.state is State.STOPPED and rank.parts.runner.is_drained
-            ):
+            outcomes = self.journal.outcomes[rank.rank]
+            # An epoch after one that went well shows little that is new.
+            is_clean = bool(outcomes) and outcomes[-1][1] != "ABORTED"
+            is_stopped = rank.fsm.state is State.STOPPED and rank.parts.runner.is_drained
+            if len(outcomes) < self.scenario.num_epochs and not is_clean and not is_stopped:
                 return _MAX_STEPS
         return max((rank.fsm.step_idx for rank in self.cluster.living), default=0) + _TAIL_STEPS
 
@@ -310,10 +316,9 @@ class Run:
     def _strike(self, rank: SimulatedRank) -> None:
         """Let every fault of this rank happen whose time has come."""
         state, epoch = rank.fsm.state, self.journal.epochs[rank.rank]
-        for fault in list(self._pending[rank.rank]):
-            if fault.state is not state or epoch < fault.epoch or len(self._schedule) < fault.since:
-                continue
-            if not self._may_strike(fault):
+        due = [fault for fault in self._pending[rank.rank] if fault.state is state and fault.epoch <= epoch]
+        for fault in due:
+            if len(self._schedule) < fault.since or not self._may_strike(fault):
                 continue
             waited = self._waited[fault] = self._waited.get(fault, 0) + 1
             if waited >= fault.nth:
@@ -326,8 +331,10 @@ class Run:
 
     def _may_strike(self, fault: Fault) -> bool:
         """For a fault that follows another one: whether a round that this one could change is out."""
+        if not fault.follows:
+            return True
         position = self.scenario.faults.index(fault)
-        if not fault.follows or not position:
+        if not position:
             return True
         first_round = self._changes_from.get(self.scenario.faults[position - 1])
         return first_round is not None and (fault.state is State.STOPPED or self.journal.out[fault.rank] >= first_round)
@@ -350,7 +357,7 @@ class Run:
         ]
 
     def _bound(self, transferring_deadline_steps: int) -> int:
-        return epoch_bound_steps(self.scenario.config, self.scenario.lag, transferring_deadline_steps)
+        return epoch_bound_steps(self.cluster.config, self.scenario.lag, transferring_deadline_steps)
 
     def _check_all(self) -> list[str]:
         """Let the devices catch up and check everything."""
