@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from eplb_fsm.simulate.run import RunResult
 from eplb_fsm.simulate.scenario import Scenario, Target, draw_scenario
 
 _SEEDS_AT_A_TIME = 8 * NUM_BRANCHES
+_NUM_NEW_OBJECTS = 200_000
+"""Between two looks for garbage."""
 _MAX_KEPT_FAILURES = 100
 
 
@@ -116,7 +119,7 @@ def explore_seeds(space: Space, seeds: range, trace: Path | None = None) -> Find
     """Run all seeds in this process; with a folder, write the trace of each rank to ``seed<n>`` in it."""
     torch.set_num_threads(1)
     findings = Findings()
-    with quiet_log():
+    with quiet_log(), rare_collections():
         for result in space.runs(seeds):
             findings.add(result)
             if trace is not None:
@@ -134,6 +137,19 @@ def quiet_log() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Look for garbage rarely, and not among what was there before: runs make many objects and few cycles."""
+    threshold = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(_NUM_NEW_OBJECTS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
 
 
 class Mapper(Protocol):
