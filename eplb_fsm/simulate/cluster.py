@@ -159,6 +159,7 @@ class SimulatedCluster:
         self.torn: list[tuple[Forward, Forward]] = []
         self._used_maps: dict[int, list[Forward]] = {}
         self._is_lockstep = is_lockstep
+        self._least_passes = 0
         self._checks_forwards = checks_forwards
         self._has_pass_ids = has_pass_ids
         self._choices = tuple(tuple(Choice(rank, action) for action in Action) for rank in range(num_ranks))
@@ -367,14 +368,11 @@ class SimulatedCluster:
         """In lockstep a pass needs every rank in it; a dead one blocks the others for ever."""
         if not self._is_lockstep:
             return True
-        num_passes = rank.num_passes
-        for other in self.ranks:
-            if other.num_passes < num_passes:
-                return False
-        return True
+        return rank.num_passes <= self._least_passes
 
     def _forward(self, rank: SimulatedRank) -> None:
         rank.num_passes += 1
+        self._least_passes = min([other.num_passes for other in self.ranks])
         if self._checks_forwards:
             pass_id = rank.num_passes
             rank.device.enqueue(lambda: rank.engine.forward(pass_id, rank.maps))

@@ -86,9 +86,7 @@ class SimulatedEngine:
             )
 
 
-def _contents(
-    experts: npt.NDArray[np.int64], shape: Shape
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def _contents(experts: npt.NDArray[np.int64], shape: Shape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Weights and scales of experts, which are given by layer and slot."""
     layers = np.arange(shape.num_moe_layers)[:, None]
     weights = (experts * 1_000_003 + layers * 101 + 7)[..., None] * np.arange(1, shape.num_words + 1)

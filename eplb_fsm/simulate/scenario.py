@@ -195,7 +195,7 @@ def draw_scenario(seed: int, num_ranks: int, is_lockstep: bool | None, targets: 
         targets: Every second seed aims at one of them, in turn; the others leave all to chance.
     """
     rng = random.Random(seed)
-    target = _aim(seed, targets)
+    target = targets[seed // 2 % len(targets)] if targets and seed % 2 else None
     faults = _aimed(rng, num_ranks, target) if target else _any_faults(rng, num_ranks)
     wants_commit = target is not None and target.decision == "COMMIT"
     drawn_lockstep = rng.random() < 0.5
@@ -232,10 +232,10 @@ def redraw_faults(
         seed: Decides them, with ``since``.
         epoch: The epoch that is under way, or the last one.
         since: Actions that it has made.
-        targets: As in :func:`draw_scenario`.
+        targets: Most draws aim at one of them.
     """
     rng = random.Random(seed << 16 | since)
-    target = _aim(seed, targets)
+    target = rng.choice(targets) if targets and rng.random() < _AIMED_SHARE else None
     if target is not None and target.state in _PLANNING and not scenario.plans_everywhere:
         target = None
     faults = _aimed(rng, scenario.num_ranks, target) if target else _any_faults(rng, scenario.num_ranks)
@@ -246,10 +246,7 @@ def redraw_faults(
     )
 
 
-def _aim(number: int, targets: Sequence[Target]) -> Target | None:
-    """Every second number aims at a target, in turn."""
-    return targets[number // 2 % len(targets)] if targets and number % 2 else None
-
+_AIMED_SHARE = 0.75
 
 _ABORTING = (
     FaultKind.ABORT,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from functools import cache
 from typing import Any
 
 import torch
@@ -36,11 +35,14 @@ class Parts:
     """
 
     def __init__(self, root: object) -> None:
-        self.objects: list[object] = []
+        self.attributes: list[dict[str, Any]] = []
+        """Of each object that has a dictionary of them."""
+        self.slotted: list[tuple[Any, list[str]]] = []
+        """Each object that has slots instead, with their names."""
         self.queues: list[queue.SimpleQueue[Any]] = []
         storages: dict[int, torch.UntypedStorage] = {}
         seen: set[int] = set()
-        pending = [root]
+        pending: list[Any] = [root]
         while pending:
             part = pending.pop()
             if id(part) in seen or isinstance(part, _CONSTANT):
@@ -58,9 +60,15 @@ class Parts:
             elif type(part).__module__.startswith("eplb_fsm.") or isinstance(part, threading.Event):
                 pending += _attributes(part).values()
                 if not _is_frozen(type(part)) and not isinstance(part, _ONLY_MEMORY):
-                    self.objects.append(part)
+                    self._add(part)
         self.memory = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
         """The bytes of every tensor, once however many views there are of them."""
+
+    def _add(self, part: Any) -> None:
+        if hasattr(part, "__dict__"):
+            self.attributes.append(part.__dict__)
+        else:
+            self.slotted.append((part, _slots(type(part))))
 
 
 class Snapshot:
@@ -72,25 +80,25 @@ class Snapshot:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._by_dict = [(part.__dict__, dict(part.__dict__)) for part in parts.objects if hasattr(part, "__dict__")]
-        self._by_slots = [(part, _attributes(part)) for part in parts.objects if not hasattr(part, "__dict__")]
+        self._attributes = [(now, dict(now)) for now in parts.attributes]
+        self._slotted = [(part, {name: getattr(part, name) for name in names}) for part, names in parts.slotted]
         containers = {
             id(value): value
-            for _, attributes in [*self._by_dict, *self._by_slots]
+            for _, attributes in [*self._attributes, *self._slotted]
             for value in attributes.values()
             if type(value) in _CONTAINERS
         }
         self._contents = [(container, _copied(container)) for container in containers.values()]
         self._messages = [_taken(mailbox) for mailbox in parts.queues]
         self._refill_queues()
-        self._bytes = torch.cat(parts.memory).split([part.numel() for part in parts.memory])
+        self._bytes = torch.split(torch.cat(parts.memory), [part.numel() for part in parts.memory])
 
     def restore(self) -> None:
         """Put everything back; as often as wanted."""
-        for now, attributes in self._by_dict:
+        for now, attributes in self._attributes:
             now.clear()
             now.update(attributes)
-        for part, attributes in self._by_slots:
+        for part, attributes in self._slotted:
             for name, value in attributes.items():
                 setattr(part, name, value)
         for container, content in self._contents:
@@ -107,19 +115,17 @@ class Snapshot:
                 mailbox.put(message)
 
 
-def _attributes(part: object) -> dict[str, Any]:
-    """Return the attributes of an object by name, in a dictionary of its own."""
+def _attributes(part: Any) -> dict[str, Any]:
+    """Return the attributes of an object by name."""
     if hasattr(part, "__dict__"):
         return dict(part.__dict__)
     return {name: getattr(part, name) for name in _slots(type(part))}
 
 
-@cache
-def _slots(kind: type) -> tuple[str, ...]:
-    return tuple(name for base in kind.__mro__ for name in base.__dict__.get("__slots__", ()))
+def _slots(kind: type) -> list[str]:
+    return [name for base in kind.__mro__ for name in base.__dict__.get("__slots__", ())]
 
 
-@cache
 def _is_frozen(kind: type) -> bool:
     """Whether objects of a class cannot change: frozen dataclasses and named tuples."""
     parameters = getattr(kind, "__dataclass_params__", None)

@@ -22,7 +22,8 @@ from eplb_fsm.observe.events import Event
 from eplb_fsm.simulate.branches import NUM_BRANCHES
 from eplb_fsm.simulate.coverage import all_targets, feasible_targets, measure_coverage, why_impossible
 from eplb_fsm.simulate.explore import Failure, Findings, Space, explore, explore_seeds, quiet_log, run_seed
-from eplb_fsm.simulate.run import Journal, Run
+from eplb_fsm.simulate.journal import Journal
+from eplb_fsm.simulate.run import Run
 from eplb_fsm.simulate.scenario import FaultKind
 from eplb_fsm.simulate.shrink import shrink
 
