@@ -19,7 +19,7 @@ from eplb_fsm.simulate.strikes import repair, strike
 
 _MAX_STEPS = 80
 """Steps after which a run is over, whatever it has shown: a freeze that nobody takes back lasts for ever."""
-_MAX_QUIET_ACTIONS = 300
+_MAX_QUIET_ACTIONS = 500
 """Actions without any event after which a run stands still."""
 _TAIL_STEPS = 3
 """Steps after the last outcome: forward passes with the last maps."""
@@ -121,7 +121,7 @@ class Run:
         )
         self.cluster.worker_share = scenario.worker_share
         self.cluster.device_share = 0.1 if scenario.max_passes_ahead else 0.0
-        self.cluster.max_vain_polls = 8
+        self.cluster.max_vain_polls = 4
 
     @property
     def _rank_range(self) -> range:

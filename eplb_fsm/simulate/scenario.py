@@ -200,7 +200,7 @@ def draw_scenario(seed: int, num_ranks: int, is_lockstep: bool | None, targets: 
     wants_commit = target is not None and target.decision == "COMMIT"
     drawn_lockstep = rng.random() < 0.5
     kinds = {fault.kind for fault in faults}
-    plans_everywhere = rng.random() < 0.3 or FaultKind.OTHER_PLAN in kinds
+    plans_everywhere = rng.random() < 0.6 or FaultKind.OTHER_PLAN in kinds
     plans_everywhere |= target is not None and target.state in _PLANNING
     return Scenario(
         seed=seed,
@@ -212,9 +212,9 @@ def draw_scenario(seed: int, num_ranks: int, is_lockstep: bool | None, targets: 
         staging_buffers=rng.choice((1, 2)),
         max_passes_ahead=rng.choice((0, 1, 2)),
         is_one_sided=rng.random() < 0.5,
-        has_pass_ids=rng.random() < 0.3 or bool(kinds.intersection(NEEDS_PASS_IDS)),
+        has_pass_ids=rng.random() < 0.5 or bool(kinds.intersection(NEEDS_PASS_IDS)),
         plans_everywhere=plans_everywhere,
-        moves_nothing=rng.random() < 0.05 if target is None else target.decision == "SKIP",
+        moves_nothing=rng.random() < 0.1 if target is None else target.decision == "SKIP",
         step_interval=rng.choice((1, 2, 4)),
         worker_share=0.85 if wants_commit else rng.choice((0.3, 0.6, 0.7, 0.8)),
         num_epochs=2 if len(faults) and rng.random() < 0.9 else 1,
@@ -235,9 +235,8 @@ def redraw_faults(
         targets: Most draws aim at one of them.
     """
     rng = random.Random(seed << 16 | since)
-    target = rng.choice(targets) if targets and rng.random() < _AIMED_SHARE else None
-    if target is not None and target.state in _PLANNING and not scenario.plans_everywhere:
-        target = None
+    drawn = rng.choices(targets, k=_NUM_AIMS) if targets and rng.random() < _AIMED_SHARE else []
+    target = next((target for target in drawn if _suits(scenario, target)), None)
     faults = _aimed(rng, scenario.num_ranks, target) if target else _any_faults(rng, scenario.num_ranks)
     return tuple(
         fault._replace(epoch=fault.epoch + max(epoch - 1, 0), since=since)
@@ -247,6 +246,18 @@ def redraw_faults(
 
 
 _AIMED_SHARE = 0.75
+_NUM_AIMS = 8
+"""Targets that are drawn until one suits."""
+
+
+def _suits(scenario: Scenario, target: Target) -> bool:
+    """Whether a run of this configuration can show a target."""
+    if target.state in _PLANNING and not scenario.plans_everywhere:
+        return False
+    if target.decision == "SKIP" or target.decision in _MOVING or target.state is State.TRANSFERRING:
+        return scenario.moves_nothing == (target.decision == "SKIP")
+    return scenario.has_pass_ids or target.fault not in NEEDS_PASS_IDS
+
 
 _ABORTING = (
     FaultKind.ABORT,
@@ -293,6 +304,7 @@ _HOLDS = {
 }
 _PLANNING = (State.COMPUTING, State.AWAITING_CONSENSUS)
 """To hold one rank there, every rank must plan for itself."""
+_MOVING = ("BEGIN", "COMMIT")
 _AGREED_IN_TIME = ("START", "SKIP", "BEGIN", "COMMIT")
 """Decisions that come by themselves if nobody is held back."""
 
