@@ -315,7 +315,7 @@ def _aimed(rng: random.Random, num_ranks: int, target: Target) -> list[Fault]:
     other = (rank + rng.randrange(1, num_ranks)) % num_ranks
     epoch = 0 if state is State.IDLE else 1
     faults = []
-    if rng.random() < 0.6:
+    if rng.random() < 0.5:
         faults.append(Fault(FaultKind.ABORT, rng.randrange(num_ranks), 1, rng.choice(ACTIVE_STATES), 1))
         epoch += 1
     meets = state

@@ -29,8 +29,8 @@ from eplb_fsm.simulate.shrink import shrink
 
 SPACE = Space(3)
 SEEDS = range(40, 44)
-NUM_SEEDS = 6000
-"""As many as fit 90 seconds on two cores of a slow machine."""
+NUM_SEEDS = 768 * NUM_BRANCHES
+"""As many as fit 150 seconds on two cores."""
 LEAST_SHARE = 0.95
 
 DIGESTS = f"""
@@ -139,7 +139,7 @@ def test_no_seed_breaks_an_invariant(findings: Findings) -> None:
     assert [failure for failure in findings.failures if not is_known(failure)] == []
     assert findings.num_failures == len(findings.failures), "some were not kept"
     assert findings.num_runs == NUM_SEEDS
-    assert len(findings.interleavings) >= 0.9 * NUM_SEEDS
+    assert len(findings.interleavings) >= 0.85 * NUM_SEEDS
     assert findings.num_second >= findings.num_whole / 3
 
 
