@@ -1,7 +1,7 @@
 """Many runs from one beginning: what they share is run once.
 
-The seeds ``n * NUM_BRANCHES`` up to ``(n + 1) * NUM_BRANCHES`` share one scenario and its first actions. Wherever the
-run may branch (:meth:`~eplb_fsm.simulate.run.Run.go_on`), half of the seeds that have come so far part from the other
+The seeds ``n * NUM_BRANCHES`` up to ``(n + 1) * NUM_BRANCHES`` share one scenario. At the start, and wherever the run
+may branch (:meth:`~eplb_fsm.simulate.run.Run.go_on`), half of the seeds that have come so far part from the other
 half: the state is put back, and another seed decides what is still to come, choices and faults. So each seed is still
 one run from the start, and a seed that is run alone takes the same turns.
 """

@@ -8,7 +8,6 @@ a snapshot is taken only while no job of a worker is under way, and chance is le
 from __future__ import annotations
 
 import queue
-import threading
 from collections import deque
 from typing import Any
 
@@ -24,6 +23,8 @@ _CONSTANT = (RebalanceConfig, Placement, Bank)
 """Not changed after they were made. The tensors of a bank are found on the engine that owns them."""
 _ONLY_MEMORY = (StagingArea, TensorMapWriter)
 """Of these only the tensors change."""
+_MODULES = ("eplb_fsm.", "threading")
+"""Where the classes of parts come from; of the second one only events are used."""
 _CONTAINERS = frozenset({list, dict, set, deque})
 
 
@@ -57,7 +58,7 @@ class Parts:
                 pending += part
             elif isinstance(part, dict):
                 pending += part.values()
-            elif type(part).__module__.startswith("eplb_fsm.") or isinstance(part, threading.Event):
+            elif type(part).__module__.startswith(_MODULES):
                 pending += _attributes(part).values()
                 if not _is_frozen(type(part)) and not isinstance(part, _ONLY_MEMORY):
                     self._add(part)

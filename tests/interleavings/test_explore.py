@@ -129,7 +129,7 @@ def is_known(failure: Failure) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_no_seed_breaks_an_invariant(findings: Findings) -> None:
     """In thousands of runs with faults nothing breaks, and a third of them see an abort and another epoch."""
     sys.stdout.write(
@@ -144,7 +144,7 @@ def test_no_seed_breaks_an_invariant(findings: Findings) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_what_can_happen_is_covered(findings: Findings) -> None:
     """At least 95 % of the feasible combinations of state, decision and fault are seen, and none that is not one."""
     coverage = measure_coverage(findings.hits)
