@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal
 
 from eplb_fsm.errors import ConfigError
@@ -163,8 +164,7 @@ class RebalanceConfig:
     @property
     def fingerprint(self) -> int:
         """A signed 64-bit hash of all options; a word of every vote."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+        return _fingerprint(self)
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> RebalanceConfig:
@@ -203,6 +203,12 @@ class RebalanceConfig:
             if variable in environ:
                 values[name] = _parse(variable, environ[variable], hints[name])
         return cls.from_mapping({**values, **options})
+
+
+@lru_cache
+def _fingerprint(config: RebalanceConfig) -> int:
+    text = json.dumps(asdict(config), sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _check_type(name: str, value: object) -> None:

@@ -112,14 +112,43 @@ def every_expert_reachable(mapped: Sequence[int], num_logical_experts: int) -> l
     return [f"expert {expert} has no slot" for expert in range(num_logical_experts) if expert not in mapped]
 
 
+class _History(list[Recorded]):
+    """The events of all ranks, sorted once for all invariants."""
+
+    def __init__(self, events: Iterable[Recorded]) -> None:
+        super().__init__(events)
+        self.by_rank: dict[int, list[Recorded]] = {}
+        """Each rank's own."""
+        self.votes: list[Recorded] = []
+        self.reads: list[tuple[Recorded, str]] = []
+        """Rounds that were read, and what they decided."""
+        self.others: list[Recorded] = []
+        for event in self:
+            self.by_rank.setdefault(event.rank, []).append(event)
+            action = event.action
+            if action == "PostVote":
+                self.votes.append(event)
+            elif action in _READS:
+                self.reads.append((event, str(event.detail.get("decision", ""))))
+            else:
+                self.others.append(event)
+
+    @classmethod
+    def of(cls, events: Iterable[Recorded]) -> _History:
+        """Return the events as they are if they were sorted before."""
+        return events if isinstance(events, cls) else cls(events)
+
+    def read(self, decision: str) -> list[Recorded]:
+        """Return the rounds that were read and decided this."""
+        return [event for event, decided in self.reads if decided == decision]
+
+
 def same_step_commit(events: Iterable[Recorded]) -> list[str]:
     """A round that commits a chunk on one rank commits it on all that go on, at the same step, to the same map."""
-    events = list(events)
+    history = _History.of(events)
     committed: dict[int, Recorded] = {}
     wrong = []
-    for event in _reads(events):
-        if _decision(event) != "COMMIT":
-            continue
+    for event in history.read("COMMIT"):
         first = committed.setdefault(event.round_idx, event)
         for word in ("step_idx", "epoch", "live_digest"):
             if getattr(first, word) != getattr(event, word):
@@ -127,31 +156,34 @@ def same_step_commit(events: Iterable[Recorded]) -> list[str]:
                     f"round {event.round_idx}: commits with {word} {getattr(first, word)} on rank {first.rank} "
                     f"and {getattr(event, word)} on rank {event.rank}"
                 )
-    for event in events:
+    has_read = {(event.rank, event.round_idx) for event, _ in history.reads}
+    passed_by = [(event, event.round_idx) for event, decision in history.reads if decision != "COMMIT"]
+    for event in history.others:
         # A last vote counts a round of its own, after the one whose decision is not read any more.
-        passed_by = event.round_idx - 1 if event.action == "GiveUp" else event.round_idx
-        missed = event.action == "GiveUp" and not _has_read(events, event.rank, passed_by)
-        if passed_by in committed and (missed or (event.action in _READS and _decision(event) != "COMMIT")):
-            wrong.append(f"round {passed_by}: rank {committed[passed_by].rank} committed, rank {event.rank} did not")
+        if event.action == "GiveUp" and (event.rank, event.round_idx - 1) not in has_read:
+            passed_by.append((event, event.round_idx - 1))
+    for event, idx in passed_by:
+        if idx in committed:
+            wrong.append(f"round {idx}: rank {committed[idx].rank} committed, rank {event.rank} did not")
     return wrong
 
 
 def same_decision(events: Iterable[Recorded]) -> list[str]:
     """All ranks that read a round read the same decision at the same step."""
-    first: dict[int, Recorded] = {}
+    first: dict[int, tuple[Recorded, str]] = {}
     wrong = []
-    for event in events:
+    for event, decision in _History.of(events).reads:
         if event.action != "ReadRound":
             continue
-        other = first.setdefault(event.round_idx, event)
-        if (other.step_idx, _decision(other), other.detail.get("reason")) != (
+        other, other_decision = first.setdefault(event.round_idx, (event, decision))
+        if (other.step_idx, other_decision, other.detail.get("reason")) != (
             event.step_idx,
-            _decision(event),
+            decision,
             event.detail.get("reason"),
         ):
             wrong.append(
-                f"round {event.round_idx}: rank {other.rank} read {_decision(other)} at step {other.step_idx}, "
-                f"rank {event.rank} read {_decision(event)} at step {event.step_idx}"
+                f"round {event.round_idx}: rank {other.rank} read {other_decision} at step {other.step_idx}, "
+                f"rank {event.rank} read {decision} at step {event.step_idx}"
             )
     return wrong
 
@@ -160,12 +192,12 @@ def same_plan(events: Iterable[Recorded]) -> list[str]:
     """All ranks that begin to transfer in an epoch hold the same plan."""
     wrong = []
     digest_of: dict[int, tuple[int, int]] = {}
-    for own in _by_rank(events):
+    for own in _History.of(events).by_rank.values():
         ready: dict[int, int] = {}
         for event in own:
             if event.action == "PlanReady":
                 ready[event.epoch] = event.detail["plan_digest"]
-            elif _is_read(event, "BEGIN") and event.epoch in ready:
+            elif ready and _is_read(event, "BEGIN") and event.epoch in ready:
                 rank, digest = digest_of.setdefault(event.epoch, (event.rank, ready[event.epoch]))
                 if digest != ready[event.epoch]:
                     wrong.append(f"epoch {event.epoch}: ranks {rank} and {event.rank} begin with different plans")
@@ -175,52 +207,55 @@ def same_plan(events: Iterable[Recorded]) -> list[str]:
 def no_transfer_without_consensus(events: Iterable[Recorded]) -> list[str]:
     """No rank stages or commits in an epoch before it has read BEGIN, and it has a plan by then."""
     wrong = []
-    for own in _by_rank(events):
+    for own in _History.of(events).by_rank.values():
         has_plan = has_begun = False
         for event in own:
-            if _is_read(event, "START"):
+            action = event.action
+            if action == "PostVote":
+                continue
+            decision = _decision(event) if action in _READS else ""
+            if decision == "START":
                 has_plan = has_begun = False
-            elif event.action == "PlanReady":
+            elif action == "PlanReady":
                 has_plan = True
-            elif _is_read(event, "BEGIN"):
+            elif decision == "BEGIN":
                 has_begun = True
                 if not has_plan:
                     wrong.append(f"rank {event.rank} begins epoch {event.epoch} without a plan")
-            elif (event.action == "ChunkStaged" or _is_read(event, "COMMIT")) and not has_begun:
+            elif (action == "ChunkStaged" or decision == "COMMIT") and not has_begun:
                 wrong.append(f"rank {event.rank} moves weights in epoch {event.epoch} without a BEGIN")
     return wrong
 
 
 def no_stale_receive(events: Iterable[Recorded]) -> list[str]:
     """No epoch starts in a round in which some rank still had a transfer of an earlier one under way."""
-    undrained = {}
-    starts = set()
-    for event in events:
-        if event.action == "PostVote" and not event.is_drained:
-            undrained[event.round_idx] = event.rank
-        if _is_read(event, "START"):
-            starts.add(event.round_idx)
+    history = _History.of(events)
+    undrained = {event.round_idx: event.rank for event in history.votes if not event.is_drained}
+    starts = {event.round_idx for event in history.read("START")}
     early = [(idx, rank) for idx, rank in sorted(undrained.items()) if idx in starts]
     return [f"round {idx} starts an epoch, rank {rank} was not drained" for idx, rank in early]
 
 
 def no_commit_after_abort(events: Iterable[Recorded]) -> list[str]:
     """No round commits in which some rank voted to abort or to stop, nor any later one of an epoch that ended."""
-    events = list(events)
-    refused = {e.round_idx: e.rank for e in events if e.action == "PostVote" and _refuses(e)}
-    wrong = []
-    for event in _reads(events):
-        if _decision(event) == "COMMIT" and event.round_idx in refused:
-            other = refused[event.round_idx]
-            wrong.append(f"round {event.round_idx} commits on rank {event.rank}, rank {other} refused")
+    history = _History.of(events)
+    commits = history.read("COMMIT")
+    if not commits:
+        return []
+    refused = {event.round_idx: event.rank for event in history.votes if _refuses(event)}
+    wrong = [
+        f"round {event.round_idx} commits on rank {event.rank}, rank {refused[event.round_idx]} refused"
+        for event in commits
+        if event.round_idx in refused
+    ]
     ended: dict[int, Recorded] = {}
-    for event in events:
+    for event in history:
         if event.detail.get("outcome") in ("ABORTED", "SKIPPED"):
             first = ended.setdefault(event.epoch, event)
             ended[event.epoch] = min(first, event, key=lambda e: e.round_idx)
-    for event in _reads(events):
+    for event in commits:
         end = ended.get(event.epoch)
-        if _decision(event) == "COMMIT" and end is not None and event.round_idx > end.round_idx:
+        if end is not None and event.round_idx > end.round_idx:
             wrong.append(f"epoch {event.epoch} ended on rank {end.rank} and commits later on rank {event.rank}")
     return wrong
 
@@ -229,7 +264,7 @@ def commit_cannot_fail(events: Iterable[Recorded]) -> list[str]:
     """No promised commit raises."""
     return [
         f"rank {event.rank} step {event.step_idx}: {event.detail.get('text')}"
-        for event in events
+        for event in _History.of(events).others
         if event.action == "CommitFailed"
     ]
 
@@ -237,7 +272,7 @@ def commit_cannot_fail(events: Iterable[Recorded]) -> list[str]:
 def stopped_harmless(events: Iterable[Recorded]) -> list[str]:
     """A stopped rank does nothing any more: its map stays."""
     wrong = []
-    for own in _by_rank(events):
+    for own in _History.of(events).by_rank.values():
         stopped: Recorded | None = None
         for event in own:
             if stopped is not None and event.action != "Close":
@@ -252,15 +287,16 @@ def stopped_harmless(events: Iterable[Recorded]) -> list[str]:
 def outcome_recorded(events: Iterable[Recorded]) -> list[str]:
     """Every epoch that a rank leaves has exactly one outcome, recorded by the event that ends it."""
     wrong = []
-    for own in _by_rank(events):
+    for own in _History.of(events).by_rank.values():
         current: int | None = None
         for event in own:
+            is_active = event.state in _ACTIVE
             outcome = event.detail.get("outcome")
-            if current is not None and event.state not in _ACTIVE and not outcome:
+            if current is not None and not is_active and not outcome:
                 wrong.append(f"rank {event.rank}: epoch {current} ended at step {event.step_idx} without an outcome")
             if outcome and current is None:
                 wrong.append(f"rank {event.rank}: outcome {outcome} at step {event.step_idx} with no epoch under way")
-            current = event.epoch if event.state in _ACTIVE else None
+            current = event.epoch if is_active else None
     return wrong
 
 
@@ -287,18 +323,21 @@ def epoch_bounded(events: Iterable[Recorded], bound_steps: Callable[[int], int])
             :func:`eplb_fsm.core.deadlines.epoch_bound_steps`.
     """
     wrong = []
-    for own in _by_rank(events):
-        start = deadline = 0
-        is_under_way = False
+    for own in _History.of(events).by_rank.values():
+        last_step: int | None = None  # of the epoch that is under way, None while none is
+        start = bound = 0
         for event in own:
             if _is_read(event, "START"):
-                start, deadline, is_under_way = event.step_idx, 0, True
-            elif event.action == "PlanReady":
-                deadline = event.detail.get("deadline_steps", 0)
-            if is_under_way and event.step_idx - start > bound_steps(deadline):
-                wrong.append(f"rank {event.rank}: epoch {event.epoch} takes more than {bound_steps(deadline)} steps")
-                is_under_way = False
-            is_under_way = is_under_way and event.state in _ACTIVE
+                start, bound = event.step_idx, bound_steps(0)
+                last_step = start + bound
+            elif event.action == "PlanReady" and last_step is not None:
+                bound = bound_steps(event.detail.get("deadline_steps", 0))
+                last_step = start + bound
+            if last_step is not None and event.step_idx > last_step:
+                wrong.append(f"rank {event.rank}: epoch {event.epoch} takes more than {bound} steps")
+                last_step = None
+            if event.state not in _ACTIVE:
+                last_step = None
     return wrong
 
 
@@ -319,16 +358,9 @@ EVENT_INVARIANTS: tuple[Callable[[Iterable[Recorded]], list[str]], ...] = (
 
 def find_violations(events: Iterable[Recorded], bound_steps: Callable[[int], int]) -> list[str]:
     """Return the violations of all invariants over events, each with the name of its invariant before it."""
-    events = list(events)
-    found = [f"{invariant.__name__}: {text}" for invariant in EVENT_INVARIANTS for text in invariant(events)]
-    return found + [f"epoch_bounded: {text}" for text in epoch_bounded(events, bound_steps)]
-
-
-def _by_rank(events: Iterable[Recorded]) -> list[list[Recorded]]:
-    own: dict[int, list[Recorded]] = {}
-    for event in events:
-        own.setdefault(event.rank, []).append(event)
-    return list(own.values())
+    history = _History(events)
+    found = [f"{invariant.__name__}: {text}" for invariant in EVENT_INVARIANTS for text in invariant(history)]
+    return found + [f"epoch_bounded: {text}" for text in epoch_bounded(history, bound_steps)]
 
 
 def _decision(event: Recorded) -> str:
@@ -337,14 +369,6 @@ def _decision(event: Recorded) -> str:
 
 def _is_read(event: Recorded, decision: str) -> bool:
     return event.action in _READS and _decision(event) == decision
-
-
-def _reads(events: Iterable[Recorded]) -> list[Recorded]:
-    return [event for event in events if event.action in _READS]
-
-
-def _has_read(events: Iterable[Recorded], rank: int, round_idx: int) -> bool:
-    return any(event.rank == rank and event.round_idx == round_idx for event in _reads(events))
 
 
 def _refuses(event: Recorded) -> bool:

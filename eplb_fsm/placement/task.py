@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.plan import Plan
 from eplb_fsm.placement.planning import make_plan
 from eplb_fsm.placement.policies import get_policy
 from eplb_fsm.placement.shapes import BankShape, Budget
@@ -38,3 +39,11 @@ class PlanTask:
         """
         policy = get_policy(self.policy)
         return make_plan(policy, loads, current, self.topology, self.shapes, self.budget, self.min_gain).encode()
+
+    def decode(self, encoded: EncodedPlan, current: tuple[Placement, ...]) -> Plan:
+        """Read a plan that some rank has encoded, and check all of it.
+
+        Raises:
+            PlanError: As :meth:`Plan.decode`.
+        """
+        return Plan.decode(encoded, current, self.shapes, self.budget)

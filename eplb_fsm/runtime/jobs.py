@@ -95,8 +95,7 @@ class Jobs:
             encoded = yield from self._compute(loads, current)
         else:
             encoded = yield from self._receive_plan(loads, current)
-        plan = Plan.decode(encoded, current, self.task.shapes, self.task.budget)
-        self.mailbox.put(PlanReady(epoch, plan))
+        self.mailbox.put(PlanReady(epoch, self.task.decode(encoded, current)))
 
     @staticmethod
     def _split(total: Load, current: Sequence[Placement]) -> list[Load]:

@@ -68,13 +68,12 @@ class TensorMapWriter:
         self.maps = tuple(self._tables(bank, placement, device) for bank, placement in enumerate(placements))
 
     def _tables(self, bank: int, placement: Placement, device: torch.device | str) -> BankMaps:
-        rows = self._rows(bank, placement, range(placement.num_moe_layers))
+        rows = table_rows(placement, self._widths[bank], range(placement.num_moe_layers))
         return BankMaps(*(torch.from_numpy(table).to(device) for table in rows))
 
     def _rows(self, bank: int, placement: Placement, layers: Sequence[int]) -> tuple[Int64Array, ...]:
-        """Return fresh rows of the three tables for some layers."""
-        slots_of = placement.logical_to_physical(self._widths[bank], list(layers))
-        return placement.physical_to_logical_map[list(layers)], slots_of, (slots_of >= 0).sum(-1)
+        """Return rows that are read only, for :meth:`prepare`."""
+        return table_rows(placement, self._widths[bank], layers)
 
     def prepare(self, bank: int, layers: Sequence[int], placement: Placement) -> object:
         """Return live rows and their new contents; allocates, so it belongs in the worker."""
@@ -89,3 +88,9 @@ class TensorMapWriter:
         """Copy the new rows over the live ones."""
         assert isinstance(prepared, _Rows)
         torch._foreach_copy_(prepared.live, prepared.new)
+
+
+def table_rows(placement: Placement, width: int, layers: Sequence[int]) -> tuple[Int64Array, ...]:
+    """Return fresh rows of the three tables for some layers; the second one has ``width`` columns."""
+    slots_of = placement.logical_to_physical(width, list(layers))
+    return placement.physical_to_logical_map[list(layers)], slots_of, (slots_of >= 0).sum(-1)

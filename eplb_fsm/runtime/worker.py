@@ -222,6 +222,11 @@ class CooperativeWorker:
         self._jobs: list[Job] = []
         self._waiting_for: Pending | None = None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job waits or is under way."""
+        return not self._jobs
+
     def submit(self, job: Job) -> None:
         """Queue the job."""
         self._jobs.append(job)

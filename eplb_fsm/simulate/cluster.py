@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -20,7 +21,7 @@ from eplb_fsm.runtime.assembly import check_banks, check_links, plan_task
 from eplb_fsm.runtime.channel import InMemoryBallotBox, InMemoryVoteChannel
 from eplb_fsm.runtime.device import SimulatedDevice
 from eplb_fsm.runtime.domain import Domain
-from eplb_fsm.runtime.maps import BankMaps, TensorMapWriter
+from eplb_fsm.runtime.maps import BankMaps
 from eplb_fsm.runtime.marks import InMemoryMarkBoard, Mark
 from eplb_fsm.runtime.parts import EngineSide, Links, Parts, assemble, make_staging
 from eplb_fsm.runtime.transport import InMemoryExchange
@@ -28,8 +29,11 @@ from eplb_fsm.runtime.worker import CooperativeWorker, Mailbox
 from eplb_fsm.simulate.clock import VirtualClock
 from eplb_fsm.simulate.engine import Shape, SimulatedEngine, WrongForwardError
 from eplb_fsm.simulate.faults import Faults, FaultyMapWriter, FaultyPlanner, FaultyTransport
+from eplb_fsm.simulate.planning import RememberingMapWriter, RememberingTask
 
 _ACTION_SECONDS = 1e-5
+_VAIN_SHARE = 0.2
+"""Share of the steps of ranks that would have to wait which are tried nevertheless: that is how time passes."""
 
 
 class Action(IntEnum):
@@ -58,6 +62,11 @@ class FailStopError(Exception):
     def __init__(self, error: EplbError) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+@cache
+def _initial(shape: Shape, num_ranks: int) -> Placement:
+    return Placement.initial(shape.num_moe_layers, shape.num_logical_experts, shape.num_physical_experts, num_ranks)
 
 
 def _fail_stop(error: EplbError) -> NoReturn:
@@ -150,9 +159,10 @@ class SimulatedCluster:
         self.torn: list[tuple[Forward, Forward]] = []
         self._used_maps: dict[int, list[Forward]] = {}
         self._is_lockstep = is_lockstep
+        self._least_passes = 0
         self._checks_forwards = checks_forwards
         self._has_pass_ids = has_pass_ids
-        self._choices = [[Choice(rank, action) for action in Action] for rank in range(num_ranks)]
+        self._choices = tuple(tuple(Choice(rank, action) for action in Action) for rank in range(num_ranks))
         self._box = InMemoryBallotBox(num_ranks)
         self._exchange = InMemoryExchange(num_ranks, is_one_sided=is_one_sided)
         self._marks: list[Mark | None] = [None] * num_ranks
@@ -167,16 +177,14 @@ class SimulatedCluster:
 
     def _make_rank(self, rank: int, num_ranks: int, observers: Sequence[Observer]) -> SimulatedRank:
         shape, config = self.shape, self.config
-        placement = Placement.initial(
-            shape.num_moe_layers, shape.num_logical_experts, shape.num_physical_experts, num_ranks
-        )
+        placement = _initial(shape, num_ranks)
         engine = SimulatedEngine(rank, shape, placement)
         engine.on_forward = lambda pass_id, used_map: self._note_forward(Forward(rank, pass_id, used_map))
         domain = Domain(rank, num_ranks)
         device = SimulatedDevice(self._max_passes_ahead)
         banks = [engine.bank()]
         faults = Faults()
-        maps = TensorMapWriter([placement])
+        maps = RememberingMapWriter([placement])
         side = EngineSide(
             banks=banks,
             placements=[placement],
@@ -191,7 +199,7 @@ class SimulatedCluster:
         transport = FaultyTransport(self._exchange, rank, faults)
         check_banks(config, domain, banks, [placement])
         check_links(config, banks, transport, channel)
-        task = plan_task(config, domain, banks)
+        task = RememberingTask.like(plan_task(config, domain, banks))
         mailbox = Mailbox()
         worker = CooperativeWorker(mailbox)
         parts = assemble(
@@ -237,14 +245,27 @@ class SimulatedCluster:
         self.take(self.choose())
 
     def choose(self) -> Choice:
-        """Choose a living rank and an action, both at random."""
-        rank = self.living[int(self.random.random() * len(self.living))].rank
-        choice = self.random.random()
+        """Choose a living rank and an action, both at random; one that could only wait is rarely chosen."""
+        draw = self.random.random
+        living = self.living
+        position = int(draw() * len(living))
+        rank, choice = living[position], draw()
         if choice < self.worker_share:
-            return self._choices[rank][Action.WORK]
-        if choice < self.worker_share + self.device_share:
-            return self._choices[rank][Action.DEVICE]
-        return self._choices[rank][Action.MARK if choice > 1 - self.mark_share else Action.STEP]
+            if not rank.worker.is_idle:
+                return self._choices[rank.rank][Action.WORK]
+        elif choice < self.worker_share + self.device_share:
+            if rank.device.num_pending:
+                return self._choices[rank.rank][Action.DEVICE]
+        elif choice > 1 - self.mark_share:
+            return self._choices[rank.rank][Action.MARK]
+        if self._would_wait(rank) and draw() > _VAIN_SHARE:
+            others = living[position + 1 :] + living[:position]
+            rank = next((other for other in others if not self._would_wait(other)), rank)
+        return self._choices[rank.rank][Action.STEP]
+
+    def _would_wait(self, rank: SimulatedRank) -> bool:
+        """Whether a step of a rank has to wait, for a round that is late or for others' passes."""
+        return rank.is_waiting or not self._may_pass(rank)
 
     def take(self, choice: Choice) -> Action | None:
         """Let a living rank take an action; where its worker or device has nothing to do, it makes a step instead.
@@ -253,6 +274,8 @@ class SimulatedCluster:
             What it did; None where it could only wait.
         """
         rank, action = self.ranks[choice.rank], choice.action
+        if action is Action.STEP:
+            return action if self.step(rank) else None
         if action is Action.WORK and not rank.faults.is_worker_stuck and rank.worker.advance():
             return action
         if action is Action.DEVICE and self._execute_one(rank):
@@ -345,10 +368,11 @@ class SimulatedCluster:
         """In lockstep a pass needs every rank in it; a dead one blocks the others for ever."""
         if not self._is_lockstep:
             return True
-        return all(other.num_passes >= rank.num_passes for other in self.ranks)
+        return rank.num_passes <= self._least_passes
 
     def _forward(self, rank: SimulatedRank) -> None:
         rank.num_passes += 1
+        self._least_passes = min([other.num_passes for other in self.ranks])
         if self._checks_forwards:
             pass_id = rank.num_passes
             rank.device.enqueue(lambda: rank.engine.forward(pass_id, rank.maps))

@@ -118,7 +118,7 @@ def _headline(space: Space, failure: Failure) -> str:
 
 def _describe(space: Space, failure: Failure) -> str:
     with quiet_log():
-        shrunk = shrink(space.scenario(failure.seed))
+        shrunk = shrink(run_seed(space, failure.seed))
     choices = [f"{at}: rank {c.rank} {c.action.name}" for at, c in enumerate(shrunk.schedule) if c is not None]
     lines = [
         _headline(space, failure),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -52,11 +53,11 @@ class SimulatedEngine:
         self.on_forward: Callable[[int, bytes], None] = lambda pass_id, used_map: None
         num_local = placement.num_local_physical_experts
         self._mine = slice(rank * num_local, (rank + 1) * num_local)
-        self._right_bytes: dict[bytes, tuple[bytes, bytes]] = {}
-        """Weights and scales under each map seen so far."""
-        self.weights, self.scales = self._right_contents(placement.physical_to_logical_map)
-        # Views for the check of every pass: comparing bytes takes a fraction of the time of tensor operations.
-        self._held_weights, self._held_scales = self.weights.numpy(), self.scales.numpy()
+        # The check of every pass compares bytes, which takes a fraction of the time of tensor operations.
+        self._held = _contents(placement.physical_to_logical_map[:, self._mine], shape)
+        self.weights, self.scales = map(torch.from_numpy, self._held)
+        self._right_bytes = _right_bytes(shape, rank, num_local)
+        self._table: npt.NDArray[np.int64] | None = None
 
     def bank(self) -> Bank:
         """Return the experts as a bank."""
@@ -69,25 +70,37 @@ class SimulatedEngine:
         Raises:
             WrongForwardError: Naming rank and slots.
         """
-        table = maps.physical_to_logical_map.numpy()
+        table = self._table
+        if table is None:
+            # The maps are written in place, so one view serves all passes; making one costs more than the rest.
+            table = self._table = maps.physical_to_logical_map.numpy()
         used_map = table.tobytes()
         self.num_forwards += 1
         self.on_forward(pass_id, used_map)
-        right = self._right_bytes.get(used_map)
-        if right is None:
-            weights, scales = self._right_contents(table)
-            right = self._right_bytes[used_map] = weights.numpy().tobytes(), scales.numpy().tobytes()
-        if right != (self._held_weights.tobytes(), self._held_scales.tobytes()):
-            weights, scales = self._right_contents(table)
-            is_right = (weights == self.weights).all(-1) & (scales == self.scales)
+        weights, scales = self._held
+        if (weights.tobytes(), scales.tobytes()) != self._right_bytes(used_map):
+            right_weights, right_scales = _contents(table[:, self._mine], self.shape)
+            is_right = (weights == right_weights).all(-1) & (scales == right_scales)
             raise WrongForwardError(
                 f"rank {self.rank} pass {pass_id}: slots, by layer, that hold the right expert: {is_right.tolist()}"
             )
 
-    def _right_contents(self, table: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and scales that this rank's slots should hold under a map."""
-        experts = torch.from_numpy(table[:, self._mine].copy())
-        layers = torch.arange(self.shape.num_moe_layers)[:, None]
-        words = torch.arange(1, self.shape.num_words + 1)
-        weights = (experts * 1_000_003 + layers * 101 + 7)[..., None] * words
-        return weights, (experts + 100 * layers).to(torch.float32) + 0.5
+
+def _contents(experts: npt.NDArray[np.int64], shape: Shape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Weights and scales of experts, which are given by layer and slot."""
+    layers = np.arange(shape.num_moe_layers)[:, None]
+    weights = (experts * 1_000_003 + layers * 101 + 7)[..., None] * np.arange(1, shape.num_words + 1)
+    return weights, (experts + 100 * layers).astype(np.float32) + np.float32(0.5)
+
+
+@cache
+def _right_bytes(shape: Shape, rank: int, num_local: int) -> Callable[[bytes], tuple[bytes, bytes]]:
+    """Return what a rank's slots should hold under a map, worked out once for all runs."""
+
+    @lru_cache(1024)
+    def right_bytes(used_map: bytes) -> tuple[bytes, bytes]:
+        table = np.frombuffer(used_map, np.int64).reshape(shape.num_moe_layers, -1, num_local)
+        weights, scales = _contents(table[:, rank], shape)
+        return weights.tobytes(), scales.tobytes()
+
+    return right_bytes

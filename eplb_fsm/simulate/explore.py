@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,11 +14,14 @@ from typing import NamedTuple, Protocol
 import torch
 
 from eplb_fsm.observe.trace import NdjsonTrace
+from eplb_fsm.simulate.branches import NUM_BRANCHES, run_branches
 from eplb_fsm.simulate.coverage import feasible_targets
-from eplb_fsm.simulate.run import Run, RunResult
+from eplb_fsm.simulate.run import RunResult
 from eplb_fsm.simulate.scenario import Scenario, Target, draw_scenario
 
-_SEEDS_AT_A_TIME = 200
+_SEEDS_AT_A_TIME = 8 * NUM_BRANCHES
+_NUM_NEW_OBJECTS = 200_000
+"""Between two looks for garbage."""
 _MAX_KEPT_FAILURES = 100
 
 
@@ -29,8 +33,14 @@ class Space(NamedTuple):
     """None: drawn for each run."""
 
     def scenario(self, seed: int) -> Scenario:
-        """Return the run of a seed."""
-        return draw_scenario(seed, self.num_ranks, self.is_lockstep, feasible_targets())
+        """Return the scenario of a seed, which it shares with its branches."""
+        drawn = draw_scenario(seed // NUM_BRANCHES, self.num_ranks, self.is_lockstep, feasible_targets())
+        return replace(drawn, seed=seed)
+
+    def runs(self, seeds: range) -> Iterator[RunResult]:
+        """Run all seeds, one after the other."""
+        for first in range(seeds.start // NUM_BRANCHES * NUM_BRANCHES, seeds.stop, NUM_BRANCHES):
+            yield from run_branches(self.scenario(first), seeds, feasible_targets())
 
 
 class Failure(NamedTuple):
@@ -91,12 +101,9 @@ class Findings:
         self.failures = sorted([*self.failures, *failures])[:_MAX_KEPT_FAILURES]
 
 
-def run_seed(space: Space, seed: int, trace: Path | None = None) -> RunResult:
-    """Run one seed; with a folder, write the trace of each rank to ``seed<n>`` in it."""
-    result = Run(space.scenario(seed)).result()
-    if trace is not None:
-        write_trace(result, trace / f"seed{seed}")
-    return result
+def run_seed(space: Space, seed: int) -> RunResult:
+    """Run one seed."""
+    return next(space.runs(range(seed, seed + 1)))
 
 
 def write_trace(result: RunResult, folder: Path) -> None:
@@ -109,12 +116,14 @@ def write_trace(result: RunResult, folder: Path) -> None:
 
 
 def explore_seeds(space: Space, seeds: range, trace: Path | None = None) -> Findings:
-    """Run all seeds, one after the other, in this process."""
+    """Run all seeds in this process; with a folder, write the trace of each rank to ``seed<n>`` in it."""
     torch.set_num_threads(1)
     findings = Findings()
-    with quiet_log():
-        for seed in seeds:
-            findings.add(run_seed(space, seed, trace))
+    with quiet_log(), rare_collections():
+        for result in space.runs(seeds):
+            findings.add(result)
+            if trace is not None:
+                write_trace(result, trace / f"seed{result.scenario.seed}")
     return findings
 
 
@@ -128,6 +137,19 @@ def quiet_log() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Look for garbage rarely, and not among what was there before: runs make many objects and few cycles."""
+    threshold = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(_NUM_NEW_OBJECTS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
 
 
 class Mapper(Protocol):

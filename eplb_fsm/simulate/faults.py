@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-import numpy as np
 import torch
 
 from eplb_fsm.core.reasons import AbortReason
@@ -15,7 +13,7 @@ from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
 from eplb_fsm.runtime.maps import MapWriter
 from eplb_fsm.runtime.pending import Pending
-from eplb_fsm.runtime.planner import InlinePlanner, Planner
+from eplb_fsm.runtime.planner import InlinePlanner
 from eplb_fsm.runtime.transport import InMemoryExchange, InMemoryTransport, Parcel
 from eplb_fsm.runtime.worker import WorkError
 
@@ -105,39 +103,25 @@ class _Planned:
         """Return at once: the scheduler decides when the policy returns."""
 
 
-@lru_cache(maxsize=1024)
-def _plan(task: PlanTask, loads: tuple[bytes, ...], current: tuple[Placement, ...]) -> InlinePlanner:
-    """Return a planner that holds the plan; policies are pure here, so the same question has the same answer."""
-    arrays = [
-        np.frombuffer(load, np.int64).reshape(placement.num_moe_layers, -1)
-        for load, placement in zip(loads, current, strict=True)
-    ]
-    planner = InlinePlanner(task)
-    planner.submit(arrays, current)
-    return planner
-
-
 class FaultyPlanner:
     """A planner on the worker's own thread that fails, or does not return, when told to."""
 
     def __init__(self, task: PlanTask, faults: Faults) -> None:
-        self._task = task
+        self._planner = InlinePlanner(task)
         self._faults = faults
-        self._planner: Planner | None = None
 
     def submit(self, loads: Sequence[Load], current: Sequence[Placement]) -> Pending:
         """Plan, perhaps from another load."""
         if self._faults.load_change:
             loads = [load.copy() for load in loads]
             loads[0][:, 0] += self._faults.load_change
-        self._planner = _plan(self._task, tuple(load.tobytes() for load in loads), tuple(current))
+        self._planner.submit(loads, current)
         return _Planned(self._faults)
 
     def result(self) -> EncodedPlan:
         """Return the plan, or raise."""
         if self._faults.policy_error:
             raise WorkError(AbortReason.POLICY_ERROR, self._faults.policy_error)
-        assert self._planner is not None
         return self._planner.result()
 
     def close(self) -> None:

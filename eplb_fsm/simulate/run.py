@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eplb_fsm.core.deadlines import epoch_bound_steps
@@ -13,7 +13,8 @@ from eplb_fsm.core.states import State
 from eplb_fsm.observe.events import Event
 from eplb_fsm.simulate.cluster import Action, Choice, SimulatedCluster, SimulatedRank
 from eplb_fsm.simulate.engine import WrongForwardError
-from eplb_fsm.simulate.scenario import NEEDS_PASS_IDS, NO_DECISION, Fault, Scenario, Target
+from eplb_fsm.simulate.journal import Journal
+from eplb_fsm.simulate.scenario import NEEDS_PASS_IDS, NO_DECISION, Fault, Scenario, Target, redraw_faults
 from eplb_fsm.simulate.strikes import repair, strike
 
 _MAX_STEPS = 80
@@ -22,6 +23,10 @@ _MAX_QUIET_ACTIONS = 500
 """Actions without any event after which a run stands still."""
 _TAIL_STEPS = 3
 """Steps after the last outcome: forward passes with the last maps."""
+_FIRST_BRANCH = 60
+"""Actions before the first moment at which a run may branch."""
+_BRANCH_ACTIONS = 20
+"""Actions from one moment at which a run may branch to the next, at least."""
 _OWN_PASS = -1
 """Number of the forward pass that only looks at the slots at the end."""
 
@@ -78,72 +83,6 @@ def event_words(event: Event) -> tuple[Any, ...]:
     )
 
 
-_STATE_CODES = {state.value: code for code, state in enumerate(State)}
-_ACTIONS = (
-    *("PostVote", "ReadRound", "ResolveRound", "GiveUp", "Close", "FailStop", "LoadCollected", "PlanReady"),
-    *("ChunkStaged", "WorkFailed", "TransportLost", "Init", "Request", "Freeze", "Unfreeze", "AskAbort", "AskStop"),
-    *("GiveUpReading", "CommitFailed"),
-)
-_ACTION_CODES = {action: code for code, action in enumerate(_ACTIONS)}
-
-
-@dataclass(slots=True)
-class Journal:
-    """Everything that a run shows; an observer of all ranks.
-
-    Attributes:
-        orders: What happened on each rank, in order, as numbers.
-        voters: The ranks in the order in which their votes of a round reached the channel, by round.
-        out: The round that is out on each rank, 0 for none.
-        epochs: The epoch of each rank.
-        decisions: What was read, by round.
-    """
-
-    num_ranks: int
-    events: list[Event] = field(default_factory=list)
-    states: set[int] = field(default_factory=set)
-    orders: list[list[int]] = field(default_factory=list)
-    voters: dict[int, list[int]] = field(default_factory=dict)
-    out: list[int] = field(default_factory=list)
-    epochs: list[int] = field(default_factory=list)
-    decisions: dict[int, str] = field(default_factory=dict)
-    outcomes: list[list[tuple[int, str]]] = field(default_factory=list)
-    _projected: list[tuple[Hashable, ...]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.orders = [[] for _ in range(self.num_ranks)]
-        self.outcomes = [[] for _ in range(self.num_ranks)]
-        self.out = [0] * self.num_ranks
-        self.epochs = [0] * self.num_ranks
-        self._projected = [()] * self.num_ranks
-
-    def on_event(self, event: Event) -> None:
-        """Take one event."""
-        rank, action = event.rank, event.action
-        self.events.append(event)
-        self.epochs[rank] = event.epoch
-        state = _STATE_CODES[event.state]
-        self._projected[rank] = (
-            *(state, event.epoch, event.round_idx, event.chunk_idx, event.num_staged),
-            *(event.is_drained, event.is_frozen, event.live_digest),
-        )
-        # Tuples of numbers only: their hash does not depend on the process.
-        self.states.add(hash(tuple(self._projected)))
-        self.orders[rank].append(hash((_ACTION_CODES[action], event.step_idx, self._projected[rank])))
-        if action == "PostVote":
-            self.voters.setdefault(event.round_idx, []).append(rank)
-            self.out[rank] = event.round_idx
-        elif action in ("ReadRound", "ResolveRound"):
-            self.decisions[event.round_idx] = event.detail["decision"]
-            self.out[rank] = 0
-        if event.detail.get("outcome"):
-            self.outcomes[rank].append((event.epoch, event.detail["outcome"]))
-
-    def interleaving(self) -> int:
-        """Return the hash of the order on each rank and on the channel of each round."""
-        return hash((tuple(map(tuple, self.orders)), tuple(map(tuple, self.voters.values()))))
-
-
 class Run:
     """A scenario being run.
 
@@ -163,7 +102,11 @@ class Run:
         self._changes_from: dict[Fault, int] = {}
         """The first round in which the rank votes after a fault."""
         self._num_repaired = [0] * scenario.num_ranks
-        self._wrong_forward = ""
+        self._num_seen = self._num_quiet = 0
+        self._last_step = _MAX_STEPS
+        self._branch_at = _FIRST_BRANCH
+        self._is_over = self._stands_still = False
+        self._broken: list[str] = []
         self.cluster = SimulatedCluster(
             scenario.num_ranks,
             scenario.config,
@@ -178,34 +121,31 @@ class Run:
         )
         self.cluster.worker_share = scenario.worker_share
         self.cluster.device_share = 0.1 if scenario.max_passes_ahead else 0.0
-        self.cluster.max_vain_polls = 8
+        self.cluster.max_vain_polls = 4
 
     @property
     def _rank_range(self) -> range:
         return range(self.scenario.num_ranks)
 
-    def result(self) -> RunResult:
-        """Run to the end, check everything, and say what was seen."""
-        stands_still = False
-        try:
-            stands_still = self._run()
-            self.cluster.settle()
-            violations = self._check()
-        except WrongForwardError as error:
-            violations = [f"live_equals_map: {error}"]
-        except Exception as error:  # out of step() nothing may come but a fail-stop
-            violations = [f"raised: {type(error).__name__}: {error}"]
-        if stands_still and len(self.cluster.living) == self.scenario.num_ranks:
+    def result(self, seed: int | None = None) -> RunResult:
+        """Run to the end, check everything, and say what was seen.
+
+        Args:
+            seed: What to call the run; None: the scenario's own seed.
+        """
+        self.go_on()
+        violations = list(self._broken or self._check_all())
+        if self._stands_still and len(self.cluster.living) == self.scenario.num_ranks:
             violations.append(
                 f"stands still: {[(rank.fsm.state.value, rank.is_waiting) for rank in self.cluster.ranks]}"
             )
         return RunResult(
-            scenario=self.scenario,
+            scenario=self.scenario if seed is None else replace(self.scenario, seed=seed),
             violations=violations,
-            schedule=self._schedule,
-            events=self.journal.events,
+            schedule=list(self._schedule),
+            events=list(self.journal.events),
             interleaving=self.journal.interleaving(),
-            states=self.journal.states,
+            states=set(self.journal.states),
             hits=self._targets(),
             num_epochs=min((len(self.journal.outcomes[rank.rank]) for rank in self.cluster.living), default=0),
             has_second_epoch=any(map(_has_second_epoch, self.journal.outcomes)),
@@ -213,47 +153,86 @@ class Run:
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def _run(self) -> bool:
-        """Act until the run is over; True if nothing happens any more although it is not."""
-        num_seen = num_quiet = 0
-        last_step = _MAX_STEPS
-        while self.cluster.living:
-            self._act()
-            num_quiet += 1
-            if len(self.journal.events) == num_seen:
-                if num_quiet > _MAX_QUIET_ACTIONS:
-                    return not all(rank.fsm.state is State.STOPPED for rank in self.cluster.living)
-                if not num_quiet % 32:  # stopped ranks make steps and no events
-                    last_step = min(last_step, self._end_if_over())
-            else:
-                num_seen, num_quiet = len(self.journal.events), 0
-                self._repair()
-                last_step = min(last_step, self._end_if_over())
-            if all(rank.fsm.step_idx >= last_step for rank in self.cluster.living):
-                return False
+    def go_on(self, *, to_branch: bool = False) -> bool:
+        """Act until the run is over, or comes to the next moment at which it may branch; True if it came to one.
+
+        That is a moment in which no job is under way, some actions after the last one: it can be saved, and
+        :meth:`reseed` makes another run of what follows.
+        """
+        try:
+            while not self._is_over:
+                if to_branch and len(self._schedule) >= self._branch_at and self._has_no_jobs():
+                    self._branch_at = len(self._schedule) + _BRANCH_ACTIONS
+                    return True
+                self._is_over = not self.cluster.living or self._turn()
+        except Exception as error:
+            self._note_broken(error)
         return False
+
+    def reseed(self, seed: int, targets: Sequence[Target]) -> None:
+        """Let another seed decide what is still to come: every choice, and the faults that have not struck."""
+        self.cluster.random.seed(seed)
+        struck = tuple(fault for fault, _, _ in self._hits)
+        coming = redraw_faults(self.scenario, seed, max(self.journal.epochs), len(self._schedule), targets)
+        self.scenario = replace(self.scenario, faults=struck + coming)
+        self._pending = [[fault for fault in coming if fault.rank == rank] for rank in self._rank_range]
+
+    def _has_no_jobs(self) -> bool:
+        return all(rank.worker.is_idle for rank in self.cluster.living)
+
+    def _note_broken(self, error: Exception) -> None:
+        self._is_over = True
+        if isinstance(error, WrongForwardError):
+            self._broken.append(f"live_equals_map: {error}")
+        else:  # out of step() nothing may come but a fail-stop
+            self._broken.append(f"raised: {type(error).__name__}: {error}")
+
+    def _turn(self) -> bool:
+        """Act once; True if the run is over."""
+        rank = self._act()
+        self._num_quiet += 1
+        if len(self.journal.events) == self._num_seen:
+            if self._num_quiet > _MAX_QUIET_ACTIONS:
+                self._stands_still = not all(rank.fsm.state is State.STOPPED for rank in self.cluster.living)
+                return True
+            if not self._num_quiet % 32:  # stopped ranks make steps and no events
+                self._last_step = min(self._last_step, self._end_if_over())
+                is_alone = len(self.cluster.living) < self.scenario.num_ranks
+                if is_alone and self._last_step < _MAX_STEPS:  # in lockstep with a dead rank no pass is made any more
+                    return True
+        else:
+            self._num_seen, self._num_quiet = len(self.journal.events), 0
+            if self.journal.has_ended:
+                self._repair()
+                self._last_step = min(self._last_step, self._end_if_over())
+        return not self._goes_on(rank) and not any(map(self._goes_on, self.cluster.living))
+
+    def _goes_on(self, rank: SimulatedRank) -> bool:
+        return rank.is_alive and rank.fsm.step_idx < self._last_step
 
     def _end_if_over(self) -> int:
         """Return the step after which nothing more is to be seen; the limit as long as there is."""
-        wanted, outcomes = self.scenario.num_epochs, self.journal.outcomes
         for rank in self.cluster.living:
-            if len(outcomes[rank.rank]) < wanted and not (
-                rank.fsm.state is State.STOPPED and rank.parts.runner.is_drained
-            ):
+            outcomes = self.journal.outcomes[rank.rank]
+            # An epoch after one that went well shows little that is new.
+            is_clean = bool(outcomes) and outcomes[-1][1] != "ABORTED"
+            is_stopped = rank.fsm.state is State.STOPPED and rank.parts.runner.is_drained
+            if len(outcomes) < self.scenario.num_epochs and not is_clean and not is_stopped:
                 return _MAX_STEPS
         return max((rank.fsm.step_idx for rank in self.cluster.living), default=0) + _TAIL_STEPS
 
-    def _act(self) -> None:
+    def _act(self) -> SimulatedRank:
+        """Let the scheduler's choice happen, and return the rank that it fell on."""
         choice = self._choose()
         rank = self.cluster.ranks[choice.rank]
         if self._pending[choice.rank]:
             self._strike(rank)
         self._schedule.append(choice)
-        if not rank.is_alive:
-            return
-        done = self.cluster.take(choice)
-        if done is not None:
-            self.journal.orders[choice.rank].append(done)
+        if rank.is_alive:
+            done = self.cluster.take(choice)
+            if done is not None:
+                self.journal.orders[choice.rank].append(done)
+        return rank
 
     def _choose(self) -> Choice:
         if self._given is None:
@@ -268,8 +247,9 @@ class Run:
     def _strike(self, rank: SimulatedRank) -> None:
         """Let every fault of this rank happen whose time has come."""
         state, epoch = rank.fsm.state, self.journal.epochs[rank.rank]
-        for fault in list(self._pending[rank.rank]):
-            if fault.state is not state or epoch < fault.epoch or not self._may_strike(fault):
+        due = [fault for fault in self._pending[rank.rank] if fault.state is state and fault.epoch <= epoch]
+        for fault in due:
+            if len(self._schedule) < fault.since or not self._may_strike(fault):
                 continue
             waited = self._waited[fault] = self._waited.get(fault, 0) + 1
             if waited >= fault.nth:
@@ -282,8 +262,10 @@ class Run:
 
     def _may_strike(self, fault: Fault) -> bool:
         """For a fault that follows another one: whether a round that this one could change is out."""
+        if not fault.follows:
+            return True
         position = self.scenario.faults.index(fault)
-        if not fault.follows or not position:
+        if not position:
             return True
         first_round = self._changes_from.get(self.scenario.faults[position - 1])
         return first_round is not None and (fault.state is State.STOPPED or self.journal.out[fault.rank] >= first_round)
@@ -306,7 +288,16 @@ class Run:
         ]
 
     def _bound(self, transferring_deadline_steps: int) -> int:
-        return epoch_bound_steps(self.scenario.config, self.scenario.lag, transferring_deadline_steps)
+        return epoch_bound_steps(self.cluster.config, self.scenario.lag, transferring_deadline_steps)
+
+    def _check_all(self) -> list[str]:
+        """Let the devices catch up and check everything."""
+        try:
+            self.cluster.settle()
+            return self._check()
+        except Exception as error:
+            self._note_broken(error)
+            return self._broken
 
     def _check(self) -> list[str]:
         found = find_violations(self.journal.events, self._bound)

@@ -71,6 +71,7 @@ class Fault(NamedTuple):
         state: and for this state,
         nth: and strikes before that action there, counted from 1,
         follows: not before a round is out that the fault before it in the scenario can have changed.
+        since: Actions of the run before it was drawn; it waits from then on.
     """
 
     kind: FaultKind
@@ -79,6 +80,7 @@ class Fault(NamedTuple):
     state: State
     nth: int
     follows: bool = False
+    since: int = 0
 
     def __str__(self) -> str:
         when = f"epoch {self.epoch}, {self.state.value}, action {self.nth}"
@@ -198,7 +200,7 @@ def draw_scenario(seed: int, num_ranks: int, is_lockstep: bool | None, targets: 
     wants_commit = target is not None and target.decision == "COMMIT"
     drawn_lockstep = rng.random() < 0.5
     kinds = {fault.kind for fault in faults}
-    plans_everywhere = rng.random() < 0.3 or FaultKind.OTHER_PLAN in kinds
+    plans_everywhere = rng.random() < 0.6 or FaultKind.OTHER_PLAN in kinds
     plans_everywhere |= target is not None and target.state in _PLANNING
     return Scenario(
         seed=seed,
@@ -210,14 +212,51 @@ def draw_scenario(seed: int, num_ranks: int, is_lockstep: bool | None, targets: 
         staging_buffers=rng.choice((1, 2)),
         max_passes_ahead=rng.choice((0, 1, 2)),
         is_one_sided=rng.random() < 0.5,
-        has_pass_ids=rng.random() < 0.3 or bool(kinds.intersection(NEEDS_PASS_IDS)),
+        has_pass_ids=rng.random() < 0.5 or bool(kinds.intersection(NEEDS_PASS_IDS)),
         plans_everywhere=plans_everywhere,
-        moves_nothing=rng.random() < 0.05 if target is None else target.decision == "SKIP",
+        moves_nothing=rng.random() < 0.1 if target is None else target.decision == "SKIP",
         step_interval=rng.choice((1, 2, 4)),
         worker_share=0.85 if wants_commit else rng.choice((0.3, 0.6, 0.7, 0.8)),
         num_epochs=2 if len(faults) and rng.random() < 0.9 else 1,
         faults=tuple(faults),
     )
+
+
+def redraw_faults(
+    scenario: Scenario, seed: int, epoch: int, since: int, targets: Sequence[Target] = ()
+) -> tuple[Fault, ...]:
+    """Draw the faults that are still to come in a run that is under way.
+
+    Args:
+        scenario: The run; its configuration stays.
+        seed: Decides them, with ``since``.
+        epoch: The epoch that is under way, or the last one.
+        since: Actions that it has made.
+        targets: Most draws aim at one of them.
+    """
+    rng = random.Random(seed << 16 | since)
+    drawn = rng.choices(targets, k=_NUM_AIMS) if targets and rng.random() < _AIMED_SHARE else []
+    target = next((target for target in drawn if _suits(scenario, target)), None)
+    faults = _aimed(rng, scenario.num_ranks, target) if target else _any_faults(rng, scenario.num_ranks)
+    return tuple(
+        fault._replace(epoch=fault.epoch + max(epoch - 1, 0), since=since)
+        for fault in faults
+        if scenario.has_pass_ids or fault.kind not in NEEDS_PASS_IDS
+    )
+
+
+_AIMED_SHARE = 0.75
+_NUM_AIMS = 8
+"""Targets that are drawn until one suits."""
+
+
+def _suits(scenario: Scenario, target: Target) -> bool:
+    """Whether a run of this configuration can show a target."""
+    if target.state in _PLANNING and not scenario.plans_everywhere:
+        return False
+    if target.decision == "SKIP" or target.decision in _MOVING or target.state is State.TRANSFERRING:
+        return scenario.moves_nothing == (target.decision == "SKIP")
+    return scenario.has_pass_ids or target.fault not in NEEDS_PASS_IDS
 
 
 _ABORTING = (
@@ -265,6 +304,7 @@ _HOLDS = {
 }
 _PLANNING = (State.COMPUTING, State.AWAITING_CONSENSUS)
 """To hold one rank there, every rank must plan for itself."""
+_MOVING = ("BEGIN", "COMMIT")
 _AGREED_IN_TIME = ("START", "SKIP", "BEGIN", "COMMIT")
 """Decisions that come by themselves if nobody is held back."""
 
@@ -275,7 +315,7 @@ def _aimed(rng: random.Random, num_ranks: int, target: Target) -> list[Fault]:
     other = (rank + rng.randrange(1, num_ranks)) % num_ranks
     epoch = 0 if state is State.IDLE else 1
     faults = []
-    if rng.random() < 0.6:
+    if rng.random() < 0.5:
         faults.append(Fault(FaultKind.ABORT, rng.randrange(num_ranks), 1, rng.choice(ACTIVE_STATES), 1))
         epoch += 1
     meets = state

@@ -40,7 +40,7 @@ class _Search:
     def may_go_on(self) -> bool:
         return self.num_tries < self._max_tries
 
-    def fails(self, scenario: Scenario, schedule: Schedule | None) -> RunResult | None:
+    def fails(self, scenario: Scenario, schedule: Schedule) -> RunResult | None:
         """Return the run if it breaks the same invariant."""
         self.num_tries += 1
         result = Run(scenario, schedule).result()
@@ -52,15 +52,14 @@ def invariant_of(result: RunResult) -> str:
     return result.violations[0].partition(":")[0] if result.violations else ""
 
 
-def shrink(scenario: Scenario, max_tries: int = _MAX_TRIES) -> Shrunk:
+def shrink(result: RunResult, max_tries: int = _MAX_TRIES) -> Shrunk:
     """Return the smallest run found within ``max_tries`` runs that breaks the same invariant as this one.
 
     Raises:
         ValueError: If the run breaks none.
     """
-    result = Run(scenario).result()
     if not result.violations:
-        raise ValueError(f"seed {scenario.seed} breaks no invariant")
+        raise ValueError(f"seed {result.scenario.seed} breaks no invariant")
     search = _Search(invariant_of(result), max_tries)
     result = _drop_faults(search, result)
     result, schedule = _default_choices(search, result)
@@ -72,7 +71,7 @@ def _drop_faults(search: _Search, result: RunResult) -> RunResult:
     kept = 0
     while kept < len(result.scenario.faults) and search.may_go_on:
         faults = result.scenario.faults
-        smaller = search.fails(replace(result.scenario, faults=faults[:kept] + faults[kept + 1 :]), None)
+        smaller = search.fails(replace(result.scenario, faults=faults[:kept] + faults[kept + 1 :]), result.schedule)
         if smaller is None:
             kept += 1
         else:

@@ -19,16 +19,18 @@ from eplb_fsm.core.rank import RankCore
 from eplb_fsm.core.states import State
 from eplb_fsm.core.votes import Decision, Tally
 from eplb_fsm.observe.events import Event
+from eplb_fsm.simulate.branches import NUM_BRANCHES
 from eplb_fsm.simulate.coverage import all_targets, feasible_targets, measure_coverage, why_impossible
 from eplb_fsm.simulate.explore import Failure, Findings, Space, explore, explore_seeds, quiet_log, run_seed
-from eplb_fsm.simulate.run import Journal, Run
+from eplb_fsm.simulate.journal import Journal
+from eplb_fsm.simulate.run import Run
 from eplb_fsm.simulate.scenario import FaultKind
 from eplb_fsm.simulate.shrink import shrink
 
 SPACE = Space(3)
 SEEDS = range(40, 44)
-NUM_SEEDS = 6000
-"""As many as fit 90 seconds on two cores of a slow machine."""
+NUM_SEEDS = 768 * NUM_BRANCHES
+"""As many as fit 150 seconds on two cores."""
 LEAST_SHARE = 0.95
 
 DIGESTS = f"""
@@ -56,6 +58,17 @@ def test_one_seed_is_one_run_in_any_process() -> None:
     mine = [f"{result.digest} {result.interleaving} {sum(result.states)}" for result in here]
     assert fingerprints("1") == fingerprints("2") == mine
     assert len(set(mine)) == len(SEEDS)
+
+
+def test_a_seed_alone_makes_the_run_that_it_makes_with_others() -> None:
+    """Going back to where seeds part leaves no trace: alone, with its own beginning, a seed shows the same."""
+    with quiet_log():
+        together = list(SPACE.runs(range(6 * NUM_BRANCHES)))
+        assert [result.scenario.seed for result in together] == list(range(6 * NUM_BRANCHES))
+        for result in together[5::11]:
+            alone = run_seed(SPACE, result.scenario.seed)
+            assert alone.digest == result.digest
+            assert alone == result
 
 
 def test_a_recorded_schedule_replays_its_run() -> None:
@@ -116,7 +129,7 @@ def is_known(failure: Failure) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_no_seed_breaks_an_invariant(findings: Findings) -> None:
     """In thousands of runs with faults nothing breaks, and a third of them see an abort and another epoch."""
     sys.stdout.write(
@@ -126,12 +139,12 @@ def test_no_seed_breaks_an_invariant(findings: Findings) -> None:
     assert [failure for failure in findings.failures if not is_known(failure)] == []
     assert findings.num_failures == len(findings.failures), "some were not kept"
     assert findings.num_runs == NUM_SEEDS
-    assert len(findings.interleavings) >= 0.9 * NUM_SEEDS
+    assert len(findings.interleavings) >= 0.85 * NUM_SEEDS
     assert findings.num_second >= findings.num_whole / 3
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_what_can_happen_is_covered(findings: Findings) -> None:
     """At least 95 % of the feasible combinations of state, decision and fault are seen, and none that is not one."""
     coverage = measure_coverage(findings.hits)
@@ -159,13 +172,13 @@ _decide = core_rank.decide
 
 
 def test_a_failing_run_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a bug planted one of 100 seeds fails; what is left of it still does, with fewer faults and choices."""
+    """With a bug planted some of the first seeds fail; what is left of it still does, with fewer faults and choices."""
     monkeypatch.setattr(core_rank, "decide", no_abort)
-    scenario = SPACE.scenario(explore_seeds(SPACE, range(100)).failures[0].seed)
+    seed = explore_seeds(SPACE, range(20 * NUM_BRANCHES)).failures[0].seed
     with quiet_log():
-        shrunk = shrink(scenario)
+        full = run_seed(SPACE, seed)
+        shrunk = shrink(full)
         assert Run(shrunk.result.scenario, shrunk.schedule).result().digest == shrunk.result.digest
-        full = Run(scenario).result()
     assert shrunk.result.violations[0].startswith("no_commit_after_abort")
     assert len(shrunk.result.scenario.faults) < len(full.scenario.faults)
     assert shrunk.num_choices < len(full.schedule) / 4
@@ -174,7 +187,7 @@ def test_a_failing_run_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_holds_cannot_be_made_small() -> None:
     """Shrinking a run that breaks nothing says so."""
     with quiet_log(), pytest.raises(ValueError, match="breaks no invariant"):
-        shrink(SPACE.scenario(42))
+        shrink(run_seed(SPACE, 42))
 
 
 def test_a_promise_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +199,7 @@ def test_a_promise_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> 
         return read_round(self, Tally(own, own) if own is not None and own.promises_commit else tally)
 
     monkeypatch.setattr(RankCore, "read_round", read_own)
-    assert explore_seeds(SPACE, range(60)).num_failures > 0
+    assert explore_seeds(SPACE, range(10 * NUM_BRANCHES)).num_failures > 0
 
 
 def test_the_command_counts_and_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +219,7 @@ def test_the_command_says_how_to_replay_a_failure(
 ) -> None:
     """A run that breaks something ends with status 1, its seed, what is left of it, and a command that works."""
     monkeypatch.setattr(core_rank, "decide", no_abort)
-    assert main(["simulate", "--seeds", "20:40", "--jobs", "1", "--quiet"]) == 1
+    assert main(["simulate", "--seeds", "128:148", "--jobs", "1", "--quiet"]) == 1
     told = capsys.readouterr().out
     assert "smallest run found" in told
     command = re.search("replay it: eplb-fsm (.*)", told)

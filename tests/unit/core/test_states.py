@@ -47,7 +47,7 @@ def test_anything_else_is_illegal(row: Transition) -> None:
 
 def test_an_undeclared_action_raises() -> None:
     """There are no transitions but those of the table, not even the automatic ones of the library underneath."""
-    with pytest.raises((AttributeError, MachineError)):
+    with pytest.raises((KeyError, MachineError)):
         Lifecycle().fire("to_STOPPED")
 
 
