@@ -303,7 +303,7 @@ def outcome_recorded(events: Iterable[Recorded]) -> list[str]:
 def frozen_is_quiet(events: Iterable[Recorded]) -> list[str]:
     """While a freeze holds on a rank, nothing is under way there and its map stays."""
     wrong = []
-    for own in _by_rank(events):
+    for own in _History.of(events).by_rank.values():
         before: Recorded | None = None
         for event in own:
             if event.is_frozen and not event.is_drained:
