@@ -81,3 +81,9 @@ def _decode(task: PlanTask, encoded: bytes, current: tuple[Placement, ...]) -> P
 @lru_cache(_NUM_KEPT)
 def _placements_after(plan: _SharedPlan, idx: int) -> tuple[Placement, ...]:
     return plan.made_after(idx)
+
+
+def forget_plans() -> None:
+    """Forget all answers: for whoever changes what plans are made of."""
+    for remembered in (_map_rows, _plan, _decode, _placements_after):
+        remembered.cache_clear()

@@ -214,8 +214,7 @@ class Run:
         """Return the step after which nothing more is to be seen; the limit as long as there is."""
         for rank in self.cluster.living:
             outcomes = self.journal.outcomes[rank.rank]
-            # An epoch after one that went well shows little that is new.
-            is_clean = bool(outcomes) and outcomes[-1][1] != "ABORTED"
+            is_clean = self.scenario.ends_when_committed and bool(outcomes) and outcomes[-1][1] != "ABORTED"
             is_stopped = rank.fsm.state is State.STOPPED and rank.parts.runner.is_drained
             if len(outcomes) < self.scenario.num_epochs and not is_clean and not is_stopped:
                 return _MAX_STEPS

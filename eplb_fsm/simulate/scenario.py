@@ -115,6 +115,8 @@ class Scenario:
     num_epochs: int
     """Epochs after which the run is over."""
     faults: tuple[Fault, ...]
+    ends_when_committed: bool = True
+    """An epoch that went well ends the run, too: what follows shows little that is new."""
 
     @property
     def config(self) -> RebalanceConfig:

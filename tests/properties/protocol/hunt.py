@@ -11,6 +11,7 @@ from mutants import Mutant
 from runs import Drawn, broken_in, scenarios
 
 from eplb_fsm.simulate.explore import quiet_log
+from eplb_fsm.simulate.planning import forget_plans
 
 _ONLY_GENERATE = settings(
     database=None,
@@ -50,9 +51,12 @@ def hunt(mutant: Mutant, max_runs: int, with_seed: int | None = None) -> int | N
 
     search: Callable[[], None] = look if with_seed is None else seed(with_seed)(look)
     with pytest.MonkeyPatch.context() as patch, quiet_log():
+        forget_plans()
         mutant.plant(patch)
         try:
             search()
         except _FoundError:
             return found_at
+        finally:
+            forget_plans()  # the mutant's would outlive it
     return None

@@ -25,11 +25,13 @@ from eplb_fsm.core.votes import Decision, DecisionKind, Progress, Tally, Vote
 from eplb_fsm.errors import TransferError
 from eplb_fsm.fsm import RebalanceFSM
 from eplb_fsm.placement import plan as placement_plan
+from eplb_fsm.runtime import epoch as runtime_epoch
+from eplb_fsm.runtime.device import SimulatedDevice
 from eplb_fsm.runtime.epoch import EpochRunner
 from eplb_fsm.runtime.jobs import Jobs
 from eplb_fsm.runtime.pending import Done, Pending
 from eplb_fsm.runtime.rounds import Rounds, Wait
-from eplb_fsm.runtime.staging import StagingArea, enqueue_commit
+from eplb_fsm.runtime.staging import CommitProgram, StagingArea, enqueue_commit
 from eplb_fsm.runtime.transport import Transport
 from eplb_fsm.simulate.scenario import FaultKind
 
@@ -130,8 +132,8 @@ def freeze_undrained(patch: Patch) -> None:
     patch.setattr(votes, "_decide_idle", ignore_drained)
 
 
-def generation_not_compared(patch: Patch) -> None:
-    """A vote for another membership counts."""
+def stale_vote(patch: Patch) -> None:
+    """A vote of another membership counts, because the generation is not compared."""
     patch.setattr(votes, "_EQUAL_WORDS", tuple(word for word in votes._EQUAL_WORDS if word != "generation"))
 
 
@@ -227,15 +229,55 @@ def commit_after_stop(patch: Patch) -> None:
 
 def abort_in_silence(patch: Patch) -> None:
     """An abort leaves no outcome."""
+    _forget_outcome(patch, OutcomeKind.ABORTED)
+
+
+def _forget_outcome(patch: Patch, forgotten: OutcomeKind) -> None:
     end_epoch = RankCore._end_epoch
 
-    def forget_abort(self: RankCore, action: str, kind: OutcomeKind, *why: Any) -> None:
+    def end_and_forget(self: RankCore, action: str, kind: OutcomeKind, *why: Any) -> None:
         before: Outcome | None = self.last_outcome
         end_epoch(self, action, kind, *why)
-        if kind is OutcomeKind.ABORTED:
+        if kind is forgotten:
             self.last_outcome = before
 
-    patch.setattr(RankCore, "_end_epoch", forget_abort)
+    patch.setattr(RankCore, "_end_epoch", end_and_forget)
+
+
+def skip_in_silence(patch: Patch) -> None:
+    """An epoch without gain leaves no outcome."""
+    _forget_outcome(patch, OutcomeKind.SKIPPED)
+
+
+def stop_taken_back(patch: Patch) -> None:
+    """A stopped rank calls itself idle again."""
+    poll_step = RebalanceFSM.poll_step
+
+    def poll_and_wake_up(self: RebalanceFSM, pass_id: int | None, now: float) -> Wait | None:
+        wait, core = poll_step(self, pass_id, now), self._core
+        if self.state is State.STOPPED:
+            core.lifecycle.state = State.IDLE
+            core.post_due = self._next_due = self._step_idx + 1
+        return wait
+
+    patch.setattr(RebalanceFSM, "poll_step", poll_and_wake_up)
+
+
+def freeze_in_window(patch: Patch) -> None:
+    """A freeze is granted on one rank while its promise is out."""
+    request_freeze = RebalanceFSM.request_freeze
+
+    def freeze_at_once(self: RebalanceFSM) -> None:
+        request_freeze(self)
+        core = self._core
+        if core.in_window:
+            core.posted = None
+            core._abort(Decision(DecisionKind.ABORT, AbortReason.FROZEN))
+            core.is_frozen = True
+            self._parts.runner.drop()
+            core.post_due = self._next_due = core.step_idx + 2
+
+    patch.setattr(RebalanceFSM, "request_freeze", freeze_at_once)
 
 
 # -- staging ------------------------------------------------------------------------------------------------------
@@ -308,6 +350,25 @@ def no_hash(patch: Patch) -> None:
     patch.setattr(StagingArea, "_verify", lambda self, at, received: None)
 
 
+def commit_overtaken(patch: Patch) -> None:
+    """A commit and the forward pass after it are on two streams of a device, so that the pass may overtake it."""
+    commits: list[object] = []
+    enqueue, execute_one = runtime_epoch.enqueue_commit, SimulatedDevice.execute_one
+
+    def enqueue_and_note(program: CommitProgram, device: Any) -> Pending:
+        event = enqueue(program, device)
+        commits.append(device._queue[-1] if device._queue else None)
+        return event
+
+    def execute_other(self: SimulatedDevice) -> bool:
+        if len(self._queue) > 1 and any(self._queue[0] is commit for commit in commits):
+            self._queue[0], self._queue[1] = self._queue[1], self._queue[0]
+        return execute_one(self)
+
+    patch.setattr(runtime_epoch, "enqueue_commit", enqueue_and_note)
+    patch.setattr(SimulatedDevice, "execute_one", execute_other)
+
+
 def believe_the_plan(patch: Patch) -> None:
     """The placement that a rank believes in is that of its plan before anything is committed."""
     accept_plan = EpochRunner.accept_plan
@@ -326,6 +387,18 @@ def double_step_without_pass_ids(patch: Patch) -> None:
     """The engine calls step() twice after one pass, and gives no numbers of its passes."""
     poll_step = RebalanceFSM.poll_step
     patch.setattr(RebalanceFSM, "poll_step", lambda self, pass_id, now: poll_step(self, None, now))
+
+
+def step_counted_twice(patch: Patch) -> None:
+    """A forward pass is counted as two steps on one rank while its promise is out."""
+    poll_step = RebalanceFSM.poll_step
+
+    def count_twice(self: RebalanceFSM, pass_id: int | None, now: float) -> Wait | None:
+        if self._core.rank == 0 and self._core.in_window and not self._is_in_step:
+            self._step_idx += 1
+        return poll_step(self, None, now)
+
+    patch.setattr(RebalanceFSM, "poll_step", count_twice)
 
 
 def skipped_step(patch: Patch) -> None:
@@ -399,5 +472,10 @@ MUTANTS = (
     Mutant(commit_after_stop, "stopped_harmless", Aim((FaultKind.STOP, FaultKind.CLOSE), is_at_promise=True)),
     Mutant(double_step_without_pass_ids, "no_torn_forward", Aim((FaultKind.STEP_DOUBLED,), is_at_promise=True)),
     Mutant(skipped_step, "no_torn_forward", Aim((FaultKind.STEP_SKIPPED,), is_at_promise=True), is_strict=True),
-    Mutant(generation_not_compared, "same_membership", has_stale_rank=True),
+    Mutant(stale_vote, "same_membership", has_stale_rank=True),
+    Mutant(commit_overtaken, "no_torn_forward", NO_FAULTS),
+    Mutant(step_counted_twice, "commit_cannot_fail", NO_FAULTS),
+    Mutant(stop_taken_back, "stopped_harmless", Aim((FaultKind.STOP, FaultKind.CLOSE))),
+    Mutant(skip_in_silence, "outcome_recorded", Aim((), moves_nothing=True)),
+    Mutant(freeze_in_window, "no_torn_forward", Aim((FaultKind.FREEZE,), is_at_promise=True)),
 )

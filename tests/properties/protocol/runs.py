@@ -134,11 +134,13 @@ class Aim(NamedTuple):
         kinds: Their kinds.
         states: The states in which they strike.
         is_at_promise: They strike ranks that have just promised to commit instead.
+        moves_nothing: The policy sees no gain.
     """
 
     kinds: tuple[FaultKind, ...] = SOUND_ENGINE
     states: tuple[State, ...] = (*ACTIVE_STATES, State.TRANSFERRING, State.IDLE)
     is_at_promise: bool = False
+    moves_nothing: bool = False
 
 
 ANY = Aim()
@@ -177,7 +179,7 @@ def faults_at_promises(draw: st.DrawFn, num_ranks: int, aim: Aim) -> tuple[tuple
 def scenarios(draw: st.DrawFn, aim: Aim = ANY) -> Drawn:
     """A configuration, some faults, and the seed of a schedule."""
     num_ranks = draw(st.integers(2, 3))
-    slots_per_rank = draw(st.integers(1, 2))
+    slots_per_rank = 1 if aim.moves_nothing else draw(st.integers(1, 2))
     num_faults = draw(st.sampled_from((2, 1, 3, 1, 2, 0))) if aim.kinds and not aim.is_at_promise else 0
     drawn = [fault for _ in range(num_faults) for fault in draw(faults(num_ranks, aim))]
     at_promises = draw(faults_at_promises(num_ranks, aim)) if aim.is_at_promise else ()
@@ -193,11 +195,12 @@ def scenarios(draw: st.DrawFn, aim: Aim = ANY) -> Drawn:
         is_one_sided=draw(st.booleans()),
         has_pass_ids=draw(st.booleans()) or bool(kinds.intersection(NEEDS_PASS_IDS)),
         plans_everywhere=draw(st.booleans()) or FaultKind.OTHER_PLAN in kinds,
-        moves_nothing=False,
+        moves_nothing=aim.moves_nothing,
         step_interval=draw(st.sampled_from((1, 2, 4))),
         worker_share=draw(st.sampled_from((0.85, 0.6, 0.3))),
         num_epochs=draw(st.sampled_from((2, 1))),
         faults=tuple(drawn),
+        ends_when_committed=False,
         slots_per_rank=slots_per_rank,
         at_promises=at_promises,
         healed_rank=draw(st.integers(-1, num_ranks - 1)),

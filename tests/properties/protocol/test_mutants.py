@@ -17,8 +17,9 @@ from eplb_fsm.simulate.explore import quiet_log
 CI = settings.get_profile("ci")
 MANIFEST = Path(__file__).resolve().parents[3] / "spec/manifest.json"
 
-ONLY_IN_CODE = {
-    "generation_not_compared": "the spec has one membership; a vote of another one is a word that differs",
+ONLY_IN_SPEC = {
+    "plan_not_validated": "placements, the cutting of paths and the reading of plans each refuse to lose an expert",
+    "buffers_freed_alone": "nothing shows it outside: the same rank votes to abort, so what it freed is never live",
 }
 OTHER_INVARIANT = {
     "NoOverwriteBeforeConsumed": ("live_equals_map", "buffers are no part of an event: seen once it is made live"),
@@ -29,6 +30,8 @@ SOONER_SEEN = {
         "same_decision",
         "it covers every round that ranks read at different steps, not only commits",
     ),
+    "stale_vote": ("same_membership", "no round may decide anything then, also where it would have done no harm"),
+    "step_counted_twice": ("commit_cannot_fail", "a commit that is read late is not made, and ends its rank"),
 }
 """Mutants that break another invariant of the code long before that of the property, and why that one will do."""
 
@@ -50,15 +53,16 @@ def test_spec_and_code_have_the_same_mutants() -> None:
     """Neither side has a mutant that the other one lacks, but for those that are listed with a reason."""
     in_code = {mutant.name for mutant in MUTANTS}
     assert len(in_code) == len(MUTANTS)
-    assert in_code - set(ONLY_IN_CODE) == set(spec_mutants())
-    assert set(ONLY_IN_CODE) <= in_code
+    assert in_code == set(spec_mutants()) - set(ONLY_IN_SPEC)
+    assert set(ONLY_IN_SPEC) <= set(spec_mutants())
 
 
 def test_mutants_break_what_they_break_in_the_spec() -> None:
     """Each mutant is looked for by the invariant that the manifest names for it."""
-    looked_for = {mutant.name: mutant.breaks for mutant in MUTANTS if mutant.name not in ONLY_IN_CODE}
+    looked_for = {mutant.name: mutant.breaks for mutant in MUTANTS}
     sooner = {name: invariant for name, (invariant, _) in SOONER_SEEN.items()}
-    assert looked_for == {name: invariant_of(prop) for name, prop in spec_mutants().items()} | sooner
+    in_both = {name: invariant_of(prop) for name, prop in spec_mutants().items() if name not in ONLY_IN_SPEC}
+    assert looked_for == in_both | sooner
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
