@@ -33,7 +33,6 @@ INVARIANTS_NOT_IN_SPEC = {
 }
 INVARIANTS_NOT_IN_CODE = {
     "NoOverwriteBeforeConsumed": "no event shows what a buffer holds; the simulated engine checks rows in every pass",
-    "FrozenIsQuiet": "no event shows a queue of jobs",
     "NoSilentStop": "a rank that waits in vain shows it by giving up",
     "RefinesAtomic": "says the same as the others once more, by the atomic spec",
 }
