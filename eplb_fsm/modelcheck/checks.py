@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from eplb_fsm.modelcheck.manifest import Check, read_model
 from eplb_fsm.modelcheck.tlc import Run, Tlc
 
+_SHORT_S = 20.0
+"""A check that was seen to take less is a short one."""
+
 
 class Result(NamedTuple):
     """A check, what was seen of it, and what is surprising in that: empty if it is as expected."""
@@ -64,7 +67,7 @@ def run_checks(
 def run_check(tlc: Tlc, folder: Path, check: Check) -> Result:
     """Run one check; blocks until it has ended."""
     cfg = folder / check.cfg
-    run = tlc.run(folder / check.module, cfg)
+    run = tlc.run(folder / check.module, cfg, is_short=check.seconds is not None and check.seconds < _SHORT_S)
     if run.seen == "violates" and run.property is None:
         run = run._replace(property=_temporal_property(cfg))
     return Result(check, run, compare(check, run))
