@@ -5,11 +5,13 @@
 # VENV=DIR            where the environment is; one that exists is used
 # TORCH=...           your torch: `system` to use the interpreter's own, or what to hand to `pip install`
 # ARGS="..."          more arguments for the demo, pytest or the benchmarks
+# SEEDS=FIRST:END     what `make explore` runs; those before the first of the default are in `make test`
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
+SEEDS ?= 49152:122880
 
 export TORCH
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -18,10 +20,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts docs spec bench check generate format clean
+.PHONY: help setup demo test lint types contracts docs spec explore bench check generate format clean
 
 help:
-	@echo "make demo | test | check | setup | lint | types | contracts | docs | spec | bench | generate | format | clean"
+	@echo "make demo | test | check | setup | lint | types | contracts | docs | spec | explore | bench | generate | format | clean"
 
 setup: $(VENV)/.ready-dev $(VENV)/.ready-docs
 
@@ -47,6 +49,9 @@ docs: $(VENV)/.ready-docs
 
 spec: $(VENV)/.ready-dev
 	$(BIN)/eplb-fsm spec check $(ARGS)
+
+explore: $(VENV)/.ready-dev
+	$(BIN)/eplb-fsm simulate --ranks 3 --seeds $(SEEDS) --quiet $(ARGS)
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.benchmarks $(ARGS)
