@@ -269,17 +269,18 @@ def epoch_bounded(events: Iterable[Recorded], bound_steps: Callable[[int], int])
     """
     wrong = []
     for own in _by_rank(events):
-        start = deadline = 0
-        is_under_way = False
+        start: int | None = None
+        deadline = 0
         for event in own:
             if _is_read(event, "START"):
-                start, deadline, is_under_way = event.step_idx, 0, True
+                start, deadline = event.step_idx, 0
             elif event.action == "PlanReady":
-                deadline = event.detail.get("deadline_steps", 0)
-            if is_under_way and event.step_idx - start > bound_steps(deadline):
+                deadline = event.detail["deadline_steps"]
+            if start is not None and event.step_idx - start > bound_steps(deadline):
                 wrong.append(f"rank {event.rank}: epoch {event.epoch} takes more than {bound_steps(deadline)} steps")
-                is_under_way = False
-            is_under_way = is_under_way and event.state in _ACTIVE
+                start = None
+            if event.state not in _ACTIVE:
+                start = None
     return wrong
 
 
@@ -311,8 +312,8 @@ def _by_rank(events: Iterable[Recorded]) -> list[list[Recorded]]:
     return list(own.values())
 
 
-def _decision(event: Recorded) -> str:
-    return str(event.detail.get("decision", ""))
+def _decision(event: Recorded) -> object:
+    return event.detail.get("decision")
 
 
 def _is_read(event: Recorded, decision: str) -> bool:

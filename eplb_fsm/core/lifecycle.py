@@ -26,8 +26,6 @@ class Lifecycle:
                 {"trigger": row.trigger, "source": list(row.sources), "dest": row.dest} for row in TRANSITIONS
             ],
             auto_transitions=False,
-            send_event=False,
-            queued=False,
         )
 
     def fire(self, action: str) -> None:
