@@ -4,7 +4,7 @@
 # PYTHON=python3.12   the interpreter to build the environment from (3.11 or newer)
 # VENV=DIR            where the environment is; one that exists is used
 # TORCH=...           your torch: `system` to use the interpreter's own, or what to hand to `pip install`
-# ARGS="..."          more arguments for the demo, pytest or the benchmarks
+# ARGS="..."          more arguments for the demo, pytest, mutmut or the benchmarks
 # SEEDS=FIRST:END     what `make explore` runs; those before the first of the default are in `make test`
 
 PYTHON ?= python3
@@ -20,10 +20,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts docs spec explore bench check generate format clean
+.PHONY: help setup demo test lint types contracts docs spec explore mutants bench check generate format clean
 
 help:
-	@echo "make demo | test | check | setup | lint | types | contracts | docs | spec | explore | bench | generate | format | clean"
+	@echo "make demo | test | check | setup | lint | types | contracts | docs | spec | explore | mutants | bench"
+	@echo "     generate | format | clean"
 
 setup: $(VENV)/.ready-dev $(VENV)/.ready-docs
 
@@ -53,6 +54,10 @@ spec: $(VENV)/.ready-dev
 explore: $(VENV)/.ready-dev
 	$(BIN)/eplb-fsm simulate --ranks 3 --seeds $(SEEDS) --quiet $(ARGS)
 
+mutants: $(VENV)/.ready-mutants
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
+
 bench: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
@@ -66,7 +71,7 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) site build dist out
+	rm -rf $(VENV) site build dist out mutants
 
 # The environment is made once; each stamp is renewed when the requirements change.
 
@@ -86,4 +91,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready-run
 
 $(VENV)/.ready-docs: $(VENV)/.ready-run
 	$(PIP) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.ready-mutants: $(VENV)/.ready-dev
+	$(PIP) -e '.[mutation]'
 	@touch $@

@@ -363,8 +363,8 @@ def find_violations(events: Iterable[Recorded], bound_steps: Callable[[int], int
     return found + [f"epoch_bounded: {text}" for text in epoch_bounded(history, bound_steps)]
 
 
-def _decision(event: Recorded) -> str:
-    return str(event.detail.get("decision", ""))
+def _decision(event: Recorded) -> object:
+    return event.detail.get("decision")
 
 
 def _is_read(event: Recorded, decision: str) -> bool:

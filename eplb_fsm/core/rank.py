@@ -93,7 +93,7 @@ class RankCore:
         self._wants_rebalance = False
         self._abort_word = 0
         self._stop_word = 0
-        self._num_aborts_in_a_row = 0
+        self._backoff_steps = config.backoff_steps
         self.earliest_next_step = 0
         """No epoch starts in a round posted before this step: the back-off after an abort."""
         self._interval_due = config.step_interval or NEVER
@@ -373,14 +373,13 @@ class RankCore:
             self._finish("finish_epoch", OutcomeKind.COMMITTED)
 
     def _abort(self, decision: Decision) -> None:
-        self._num_aborts_in_a_row += 1
-        backoff = self.config.backoff_steps << min(self._num_aborts_in_a_row - 1, 32)
-        self.earliest_next_step = self.step_idx + min(backoff, self.config.max_backoff_steps)
+        self.earliest_next_step = self.step_idx + self._backoff_steps
+        self._backoff_steps = min(2 * self._backoff_steps, self.config.max_backoff_steps)
         self._wants_rebalance = True
         self._end_epoch("abort_epoch", OutcomeKind.ABORTED, decision.reason, decision.detail)
 
     def _finish(self, action: str, kind: OutcomeKind) -> None:
-        self._num_aborts_in_a_row = 0
+        self._backoff_steps = self.config.backoff_steps
         self._end_epoch(action, kind, None, "")
 
     def _stop(self, action: str, reason: StopReason, detail: str) -> None:

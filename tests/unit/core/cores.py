@@ -69,4 +69,19 @@ def transferring(it: RankCore) -> RankCore:
     return it
 
 
+def skip_epoch(it: RankCore) -> None:
+    """Let an epoch start when it does, and end without a gain."""
+    run_until(it, DecisionKind.START)
+    assert it.load_collected(it.epoch)
+    assert it.plan_ready(it.epoch, PlanTerms(digest=1, num_chunks=0, deadline_steps=0, skip=True))
+    run_until(it, DecisionKind.SKIP)
+
+
+def commit(it: RankCore, num_chunks: int) -> None:
+    """Stage and commit so many chunks."""
+    for _ in range(num_chunks):
+        assert it.chunk_staged(it.epoch, it.chunk_idx)
+        run_until(it, DecisionKind.COMMIT)
+
+
 PROGRESS = list(Progress)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from cores import PLAN, core, run_to, run_until, transferring
+from cores import PLAN, core, run_to, run_until, skip_epoch, transferring
 
 from eplb_fsm.core.deadlines import epoch_bound_steps
-from eplb_fsm.core.rank import PlanTerms, RankCore
+from eplb_fsm.core.rank import RankCore
 from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason, decode_reason, encode_reason
 from eplb_fsm.core.states import State
 from eplb_fsm.core.votes import DecisionKind, tally_votes
@@ -128,10 +128,7 @@ def test_back_off_doubles_up_to_its_bound() -> None:
         run_until(it, DecisionKind.ABORT)
         pauses.append(it.earliest_next_step - it.step_idx)
     assert pauses == [5, 10, 20, 40, 40, 40]
-    run_until(it, DecisionKind.START)
-    it.load_collected(it.epoch)
-    it.plan_ready(it.epoch, PlanTerms(digest=1, num_chunks=0, deadline_steps=0, skip=True))
-    run_until(it, DecisionKind.SKIP)
+    skip_epoch(it)
     it.request_rebalance()
     run_until(it, DecisionKind.START)
     it.request_abort()

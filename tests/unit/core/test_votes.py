@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from cores import vote
@@ -120,6 +121,66 @@ def test_plans_that_differ_name_both(word: str, value: int) -> None:
     assert str(int(value)) in decision.detail
 
 
+PHASES = [[Progress.IDLE], [Progress.BUSY, Progress.SKIP, Progress.READY], [Progress.STAGING, Progress.STAGED]]
+
+
+@pytest.mark.parametrize("low", Progress)
+@pytest.mark.parametrize("high", Progress)
+def test_ranks_in_different_phases_stop(low: Progress, high: Progress) -> None:
+    """Ranks may differ in progress while they plan, or while they transfer; any other difference is a DESYNC."""
+    decision = decide(tally_votes([vote(progress=low), vote(progress=high)]))
+    if any(low in phase and high in phase for phase in PHASES):
+        assert decision.kind is not DecisionKind.STOP
+    else:
+        assert (decision.kind, decision.reason) == (DecisionKind.STOP, StopReason.DESYNC)
+        assert decision.detail == f"progress is {min(low, high)} on one rank and {max(low, high)} on another"
+
+
+@pytest.mark.parametrize("word", ["chunk_idx", "num_chunks", "plan_digest"])
+@pytest.mark.parametrize("progress", Progress)
+def test_words_of_a_transfer_must_be_equal_in_it(word: str, progress: Progress) -> None:
+    """Chunk and plan must be the same on all ranks as soon as one of them transfers, whatever it has staged."""
+    decision = decide(tally_votes([vote(progress=progress, **{word: 3}), vote(progress=progress, **{word: 8})]))
+    if progress >= Progress.STAGING:
+        assert (decision.kind, decision.reason) == (DecisionKind.STOP, StopReason.DESYNC)
+        assert decision.detail == f"{word} is 3 on one rank and 8 on another"
+    else:
+        assert decision.kind is not DecisionKind.STOP
+
+
+def test_placements_that_differ_are_named() -> None:
+    """Ranks that serve with different placements stop as DIVERGED, and the detail has both digests."""
+    decision = decide(tally_votes([vote(live_digest=3), vote(live_digest=8)]))
+    assert (decision.kind, decision.reason) == (DecisionKind.STOP, StopReason.DIVERGED)
+    assert decision.detail == "live_digest is 3 on one rank and 8 on another"
+
+
+@pytest.mark.parametrize(
+    ("word", "reason", "kind"),
+    [("abort", AbortReason.INTEGRITY, DecisionKind.ABORT), ("stop", StopReason.TRANSPORT, DecisionKind.STOP)],
+)
+def test_a_decision_names_the_rank_that_gave_the_reason(
+    word: str, reason: AbortReason | StopReason, kind: DecisionKind
+) -> None:
+    """Who asked to abort or to stop is part of what is decided."""
+    decision = decide(tally_votes([vote(progress=1), vote(progress=1, **{word: encode_reason(reason, 6)})]))
+    assert (decision.kind, decision.reason, decision.rank) == (kind, reason, 6)
+
+
+@pytest.mark.parametrize(("step_idx", "kind"), [(39, DecisionKind.NONE), (40, DecisionKind.START)])
+def test_a_back_off_ends_at_its_step(step_idx: int, kind: DecisionKind) -> None:
+    """The first round that may start an epoch is the one posted at the step to which the ranks back off."""
+    votes = [vote(request=1, step_idx=step_idx, earliest_next_step=step) for step in (0, 40)]
+    assert decide(tally_votes(votes)).kind is kind
+
+
+def test_a_vote_with_more_words_is_an_error() -> None:
+    """Votes of different lengths are refused, not cut to the shortest."""
+    longer: Any = (*vote(), 0)
+    with pytest.raises(ValueError, match="zip"):
+        tally_votes([vote(), longer])
+
+
 @pytest.mark.parametrize(
     "word", ["protocol_version", "generation", "config_fingerprint", "round_idx", "pass_id", "epoch"]
 )
@@ -136,6 +197,7 @@ def test_a_reason_of_a_later_version(word: str, value: int) -> None:
     """A reason that this version does not know stops rebalancing instead of raising in the decode loop."""
     decision = decide(tally_votes([vote(progress=1), vote(progress=1, **{word: value})]))
     assert (decision.kind, decision.reason) == (DecisionKind.STOP, StopReason.DESYNC)
+    assert decision.detail == f"{word} is {value:#x} on some rank, a reason that this version does not know"
 
 
 @given(votes=st.lists(ANY_VOTE, min_size=1, max_size=5))
