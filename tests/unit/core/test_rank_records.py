@@ -205,6 +205,16 @@ def test_a_lost_transport_is_voted() -> None:
     assert (decision.reason, decision.rank) == (StopReason.TRANSPORT, 3)
 
 
+def test_what_is_due_next() -> None:
+    """A rank with a round out has next to read it, ``lag`` steps after it was posted; one without has next to post."""
+    it = core(lag=3)
+    assert it.next_due == 4
+    run_to(it, 4)
+    assert it.next_due == 7
+    run_to(it, 7)
+    assert it.next_due == 8
+
+
 @pytest.mark.parametrize("committed", [True, False])
 def test_a_resolved_round_leaves_a_wish_to_stop(committed: bool) -> None:
     """After a lost decision was found, whatever it was, the rank wants to stop; an ABORT is called unresolved."""

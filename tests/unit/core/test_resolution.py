@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eplb_fsm.core.rank import NEVER
 from eplb_fsm.core.resolution import Journal, resolve
 
 ROUND = 7
@@ -45,6 +46,12 @@ def test_truth_table(others: list[Journal | None], verdict: bool | None) -> None
     """A decision read is adopted; a missing promise, or all giving up, means ABORT; silence keeps it open."""
     assert resolve([GAVE_UP, *others], ROUND) is verdict
     assert resolve([*others, GAVE_UP], ROUND) is verdict
+
+
+def test_a_new_journal_says_nothing() -> None:
+    """A rank that has not posted, read or given up anything shows just that, and keeps every round open."""
+    assert Journal() == (0, False, 0, False, 0, NEVER)
+    assert resolve([GAVE_UP, Journal()], ROUND) is None
 
 
 @st.composite

@@ -10,7 +10,7 @@ from cores import vote
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_fsm.core.reasons import AbortReason, StopReason, decode_reason, encode_reason
+from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason, decode_reason, encode_reason
 from eplb_fsm.core.votes import (
     NUM_VOTE_WORDS,
     DecisionKind,
@@ -153,6 +153,7 @@ def test_placements_that_differ_are_named() -> None:
     decision = decide(tally_votes([vote(live_digest=3), vote(live_digest=8)]))
     assert (decision.kind, decision.reason) == (DecisionKind.STOP, StopReason.DIVERGED)
     assert decision.detail == "live_digest is 3 on one rank and 8 on another"
+    assert decision.rank == -1, "no rank gave the reason, the tally is"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_a_vote_with_more_words_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["protocol_version", "generation", "config_fingerprint", "round_idx", "pass_id", "epoch"]
+    "word", ["protocol_version", "generation", "config_fingerprint", "round_idx", "step_idx", "pass_id", "epoch"]
 )
 def test_words_that_must_be_equal_are_named(word: str) -> None:
     """A word that must be equal and is not ends in DESYNC with its name and both values."""
@@ -223,3 +224,4 @@ def test_reason_codes_are_stable() -> None:
     assert AbortReason.PLAN_MISMATCH == 1
     assert AbortReason.UNRESOLVED_VOTE == 15
     assert (StopReason.CLOSED, StopReason.DESYNC) == (1, 5)
+    assert [int(kind) for kind in OutcomeKind] == [1, 2, 3, 4]
