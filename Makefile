@@ -82,11 +82,11 @@ $(BIN)/python:
 
 $(VENV)/.ready-run: pyproject.toml tools/install_torch.py | $(BIN)/python
 	$(BIN)/python tools/install_torch.py
-	$(PIP) -e '.[engine,cli]'
+	$(PIP) -e '.[engine,cli,fast]'
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-run
-	$(PIP) -e '.[engine,cli,spec,test,dev]'
+	$(PIP) -e '.[engine,cli,fast,spec,test,dev]'
 	@touch $@
 
 $(VENV)/.ready-docs: $(VENV)/.ready-run

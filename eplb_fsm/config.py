@@ -38,6 +38,7 @@ _AT_LEAST: dict[str, float] = {
     "max_transfer_mb_s": 0,
     "max_slowdown": 0,
     "min_gain": 0,
+    "target_balancedness": 0.01,
     "collecting_deadline_steps": 1,
     "computing_deadline_steps": 1,
     "awaiting_consensus_deadline_steps": 1,
@@ -49,7 +50,7 @@ _AT_LEAST: dict[str, float] = {
 }
 _LARGEST = 1 << 40
 """Bound of every number: sums of them stay far inside the 64-bit words of a vote."""
-_AT_MOST: dict[str, float] = {"staging_buffers": 64, "max_slowdown": 100}
+_AT_MOST: dict[str, float] = {"staging_buffers": 64, "max_slowdown": 100, "target_balancedness": 1}
 _MAX_SECONDS = 1_000_000
 _POSITIVE_SECONDS = (
     "vote_timeout_s",
@@ -71,7 +72,7 @@ class RebalanceConfig:
 
     mode: Literal["async", "sync"] = "async"
     """``async``: background, agreed by lagged rounds. ``sync``: the same machine run through in one step()."""
-    policy: str = "deepseek"
+    policy: str = "movement_aware"
     """Name of the policy that makes placements, built in or from the entry points ``eplb_fsm.policies``."""
     plan_source: Literal["lowest_rank", "every_rank"] = "lowest_rank"
     """Who computes the plan; ``every_rank`` needs a policy that declares itself deterministic."""
@@ -89,6 +90,8 @@ class RebalanceConfig:
     """Groups of logical experts that a hierarchical policy keeps on one node."""
     min_gain: float = 0.01
     """Smallest predicted rise of mean balancedness for which an epoch moves anything; else it is SKIPPED."""
+    target_balancedness: float = 0.95
+    """Balancedness at which the policy ``movement_aware`` leaves a layer as it is."""
     lag: int | Literal["auto"] = "auto"
     """Steps between posting and reading a round. ``auto``: 2 plus how far the host runs ahead of the device,
     raised while idle when more than 1 % of rounds are late."""

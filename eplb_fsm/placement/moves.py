@@ -66,6 +66,24 @@ def differences(current: Placement, target: Placement) -> list[LayerDifference]:
     return list(found.values())
 
 
+def num_peer_moves(current: Placement, target: Placement) -> int:
+    """Experts that have to come from another rank: those of each layer and rank that the rank does not hold yet.
+
+    Args:
+        current: The live placement.
+        target: A placement of the same shape.
+    """
+    return int((_held(target) & ~_held(current)).sum())
+
+
+def _held(placement: Placement) -> BoolArray:
+    """Which experts each rank has, (layers and ranks, experts)."""
+    slots = placement.physical_to_logical_map.reshape(-1, placement.num_local_physical_experts)
+    held = np.zeros((len(slots), placement.num_logical_experts + 1), dtype=np.bool_)
+    held[np.arange(len(slots))[:, None], slots] = True
+    return held[:, :-1]  # without the empty slots, whose -1 is the last column
+
+
 def _matched(current: Placement, target: Placement) -> tuple[BoolArray, BoolArray]:
     """Flat masks: slots of `current` that keep their expert, slots of `target` that are thereby served."""
     blocks = current.num_moe_layers * current.num_ranks

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan
 from eplb_fsm.placement.planning import make_plan
-from eplb_fsm.placement.policies import get_policy
+from eplb_fsm.placement.policies import RebalancePolicy, get_policy
+from eplb_fsm.placement.policies.movement_aware import DEFAULT_TARGET
 from eplb_fsm.placement.shapes import BankShape, Budget
 from eplb_fsm.placement.topology import Topology
 
@@ -30,6 +31,25 @@ class PlanTask:
     shapes: tuple[BankShape, ...]
     budget: Budget
     min_gain: float
+    target_balancedness: float = DEFAULT_TARGET
+
+    def make_policy(self) -> RebalancePolicy:
+        """Make the policy.
+
+        Raises:
+            ConfigError: As :func:`~eplb_fsm.placement.policies.get_policy`.
+        """
+        return get_policy(self.policy, self.target_balancedness)
+
+    def warm_up(self) -> None:
+        """Make the policy and have it compute once, so that no plan waits for a compiler; takes seconds at most once.
+
+        Raises:
+            ConfigError: As :meth:`make_policy`.
+        """
+        warm_up = getattr(self.make_policy(), "warm_up", None)
+        if warm_up is not None:
+            warm_up()
 
     def plan(self, loads: Sequence[Load], current: Sequence[Placement]) -> EncodedPlan:
         """Compute and encode a plan on the calling thread.
@@ -37,7 +57,7 @@ class PlanTask:
         Raises:
             PlanError: If no valid plan can be made. A policy may raise anything else.
         """
-        policy = get_policy(self.policy)
+        policy = self.make_policy()
         return make_plan(policy, loads, current, self.topology, self.shapes, self.budget, self.min_gain).encode()
 
     def decode(self, encoded: EncodedPlan, current: tuple[Placement, ...]) -> Plan:

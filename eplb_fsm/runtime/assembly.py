@@ -24,7 +24,7 @@ def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) ->
     Raises:
         ConfigError: If policy, nodes, groups and ranks do not fit together.
     """
-    policy = get_policy(config.policy)
+    policy = get_policy(config.policy, config.target_balancedness)
     if config.plan_source == "every_rank" and not policy.deterministic:
         raise ConfigError(
             f"plan_source = 'every_rank': policy {config.policy!r} does not declare itself deterministic, so the ranks "
@@ -37,6 +37,7 @@ def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) ->
         shapes=shapes,
         budget=Budget(config.commit_bytes, config.staging_buffers),
         min_gain=config.min_gain,
+        target_balancedness=config.target_balancedness,
     )
 
 

@@ -19,7 +19,6 @@ import numpy as np
 from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.placement.placement import Placement
-from eplb_fsm.placement.policies import get_policy
 from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
 from eplb_fsm.runtime.pending import Done, Pending
 from eplb_fsm.runtime.worker import WorkError
@@ -49,7 +48,7 @@ class InlinePlanner:
     """Computes on the worker's own thread."""
 
     def __init__(self, task: PlanTask) -> None:
-        get_policy(task.policy)
+        task.warm_up()
         self._task = task
         self._result: EncodedPlan | WorkError | None = None
 

@@ -36,9 +36,7 @@ def _end_with_parent(fileno: int) -> None:
 def _serve(pipe: Connection) -> None:
     task = pipe.recv()
     try:
-        from eplb_fsm.placement.policies import get_policy
-
-        get_policy(task.policy)
+        task.warm_up()
     except Exception as error:  # the parent turns it into one clear error
         pipe.send(str(error))
         return

@@ -28,7 +28,7 @@ class RememberingTask(PlanTask):
     @classmethod
     def like(cls, task: PlanTask) -> RememberingTask:
         """Return the task with a memory."""
-        return cls(task.policy, task.topology, task.shapes, task.budget, task.min_gain)
+        return cls(task.policy, task.topology, task.shapes, task.budget, task.min_gain, task.target_balancedness)
 
     def plan(self, loads: Sequence[Load], current: Sequence[Placement]) -> EncodedPlan:
         """Compute and encode a plan."""

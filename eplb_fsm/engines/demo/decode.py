@@ -62,7 +62,7 @@ class DecodeOptions:
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}: set it to 0 or more")
         if self.config is not None:
-            get_policy(self.config.policy)
+            get_policy(self.config.policy, self.config.target_balancedness)
         self.spec()
 
     @property

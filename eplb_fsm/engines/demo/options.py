@@ -74,7 +74,7 @@ class DemoOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)}: set it to {least} or more")
         for domain in self.domains:
             check_domain(domain)
-        get_policy(self.config.policy)
+        get_policy(self.config.policy, self.config.target_balancedness)
         self.specs()
 
     @property

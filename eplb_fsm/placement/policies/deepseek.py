@@ -10,7 +10,8 @@ into the pack of lowest index among the least loaded ones that have room; a redu
 expert of lowest index among those of highest load per replica. Within a rank, slots are in the order in
 which they were packed.
 
-Loops run over items, each step on all layers at once.
+Two paths give the same placements: :mod:`~eplb_fsm.placement.kernels.deepseek` where numba is installed, and
+here numpy, whose loops run over items, each step on all layers at once.
 """
 
 from __future__ import annotations
@@ -106,14 +107,25 @@ def rebalance_experts(load: Float64Array, num_physical: int, topology: Topology)
     Raises:
         ConfigError: groups, nodes, ranks and slots do not divide as the method needs.
     """
-    layers, num_logical = load.shape
-    nodes, groups = topology.num_nodes, topology.num_groups
-    check_divides(num_logical, num_physical, topology)
-    load = np.where(load.any(axis=1, keepdims=True), load, 1.0)
+    check_divides(load.shape[1], num_physical, topology)
+    load = np.ascontiguousarray(np.where(load.any(axis=1, keepdims=True), load, 1.0))
+    from eplb_fsm.placement.kernels.compiled import (
+        IS_COMPILED,  # here: only who plans needs a compiler, half a second to import
+    )
+    from eplb_fsm.placement.kernels.deepseek import place_layers
 
+    place = place_layers if IS_COMPILED else place_layers_numpy
+    return place(load, num_physical, topology.num_ranks, topology.num_nodes, topology.num_groups)
+
+
+def place_layers_numpy(load: Float64Array, num_physical: int, num_ranks: int, nodes: int, groups: int) -> Int64Array:
+    """The numpy path; as :func:`~eplb_fsm.placement.kernels.deepseek.place_layers`."""
+    layers, num_logical = load.shape
     # Groups to nodes: `logical` lists each node's experts, group after group.
     group_size, groups_per_node = num_logical // groups, groups // nodes
-    node_of, position = balanced_packing(load.reshape(layers, groups, group_size).sum(axis=2), nodes)
+    # The last of the running sums, since sum() adds in an order of its own.
+    totals = np.cumsum(load.reshape(layers, groups, group_size), axis=2)[:, :, -1]
+    node_of, position = balanced_packing(totals, nodes)
     rows = np.arange(layers)[:, None]
     group_at = np.empty((layers, groups), dtype=np.int64)
     group_at[rows, node_of * groups_per_node + position] = np.arange(groups)
@@ -127,9 +139,9 @@ def rebalance_experts(load: Float64Array, num_physical: int, topology: Topology)
     # Replicas to the ranks of the node.
     rows = np.arange(layers * nodes)[:, None]
     each = (node_load / replicas)[rows, expert_of]
-    rank_of, position = balanced_packing(each, topology.num_ranks // nodes)
+    rank_of, position = balanced_packing(each, num_ranks // nodes)
     placed = np.empty_like(expert_of)
-    slots_per_rank = num_physical // topology.num_ranks
+    slots_per_rank = num_physical // num_ranks
     placed[rows, rank_of * slots_per_rank + position] = node_logical[rows, expert_of]
     return placed.reshape(layers, num_physical)
 
@@ -156,6 +168,11 @@ def check_divides(num_logical: int, num_physical: int, topology: Topology) -> No
         )
 
 
+def is_hierarchical(num_logical: int, topology: Topology) -> bool:
+    """Whether the experts divide into groups and the groups among the nodes, as the hierarchical method needs."""
+    return not (topology.num_groups % topology.num_nodes or num_logical % topology.num_groups)
+
+
 class DeepseekPolicy:
     """DeepSeek's load balancer as a policy. It looks at the load only, not at where experts are now.
 
@@ -171,6 +188,10 @@ class DeepseekPolicy:
     def __init__(self, variant: Variant = "auto") -> None:
         self._variant = variant
         self.name = "deepseek" if variant == "auto" else f"deepseek_{variant}"
+
+    def warm_up(self) -> None:
+        """Have the kernel compiled."""
+        rebalance_experts(np.ones((1, 2)), 2, Topology(1))
 
     def plan(self, load: Float64Array, current: Placement, topology: Topology) -> Placement:
         """Place the experts by their load; arguments and result as in `RebalancePolicy.plan`.
@@ -188,4 +209,4 @@ class DeepseekPolicy:
     def _is_global(self, num_logical: int, topology: Topology) -> bool:
         if self._variant != "auto":
             return self._variant == "global"
-        return bool(topology.num_groups % topology.num_nodes or num_logical % topology.num_groups)
+        return not is_hierarchical(num_logical, topology)

@@ -16,6 +16,9 @@ class RebalancePolicy(Protocol):
     `plan` runs in the background, on the planning rank (in a process that imports no torch). It may be
     called again after it raised; an exception aborts the epoch and nothing else.
 
+    A policy that has something to compile or to load may have a method `warm_up()` without arguments; a planner calls
+    it once, before the first plan.
+
     Attributes:
         name: The name by which the configuration chooses it.
         deterministic: Equal arguments give equal placements on every rank, so that every rank may plan

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.placement.policies.deepseek import DeepseekPolicy
+from eplb_fsm.placement.policies.movement_aware import DEFAULT_TARGET, MovementAwarePolicy
 from eplb_fsm.placement.policies.protocol import RebalancePolicy
 
 ENTRY_POINT_GROUP = "eplb_fsm.policies"
-PolicyFactory = Callable[[], RebalancePolicy]
+PolicyFactory = Callable[..., RebalancePolicy]
+"""Called without arguments, or with the one keyword `target_balancedness` where its signature has it."""
 
 _factories: dict[str, PolicyFactory] = {
+    "movement_aware": MovementAwarePolicy,
     "deepseek": lambda: DeepseekPolicy("auto"),
     "deepseek_hierarchical": lambda: DeepseekPolicy("hierarchical"),
     "deepseek_global": lambda: DeepseekPolicy("global"),
@@ -42,8 +46,12 @@ def register_policy(policy: RebalancePolicy | PolicyFactory, name: str | None = 
         _factories[chosen] = _constant(policy)
 
 
-def get_policy(name: str) -> RebalancePolicy:
+def get_policy(name: str, target_balancedness: float = DEFAULT_TARGET) -> RebalancePolicy:
     """The policy of that name, or at ``package.module:attribute``; what a factory makes is made anew by each call.
+
+    Args:
+        name: The name.
+        target_balancedness: Balancedness at which a layer is good enough, for policies that know the word.
 
     Raises:
         ConfigError: the name is unknown (the message lists the known ones), or what it names cannot be
@@ -59,7 +67,8 @@ def get_policy(name: str) -> RebalancePolicy:
             )
         factory = _imported(entry)
     try:
-        policy = factory()
+        takes_target = "target_balancedness" in _parameters(factory)
+        policy = factory(target_balancedness=target_balancedness) if takes_target else factory()
     except Exception as error:  # whatever foreign code raises
         raise ConfigError(f"policy {name!r} cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(policy, RebalancePolicy):
@@ -68,6 +77,13 @@ def get_policy(name: str) -> RebalancePolicy:
             "implement eplb_fsm.placement.RebalancePolicy"
         )
     return policy
+
+
+def _parameters(factory: PolicyFactory) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(factory).parameters)
+    except ValueError:  # some callables of C have no signature
+        return ()
 
 
 def policy_names() -> tuple[str, ...]:

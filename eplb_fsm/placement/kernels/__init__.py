@@ -1,0 +1,1 @@
+"""Compiled code of the policies; imported by who plans, since a compiler takes half a second to import."""

@@ -1,0 +1,155 @@
+"""One layer while it is repaired: who holds what, what ranks carry, and what one replica more or less would do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_fsm.placement.digest import Int64Array
+from eplb_fsm.placement.kernels.compiled import compiled
+from eplb_fsm.placement.validate import EMPTY, Float64Array
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Layer(NamedTuple):
+    """One layer while it is repaired; the arrays are changed in place.
+
+    Attributes:
+        weight: (experts) float64 load of each expert.
+        expert_at: (slots) int64 expert of each slot, -1 where it is empty.
+        rank_of: (slots) int64 rank of each slot.
+        replicas: (experts) int64 slots of each expert.
+        slots_of: (experts, most replicas) int64 those slots; the first `replicas` entries of a row count.
+        num_on: (experts, ranks) int64 slots of an expert on a rank.
+        was_on: (experts, ranks) bool, whether the rank held the expert at the start.
+        may_be_on: (experts, ranks) bool, whether it may hold it.
+        load_of: (ranks) float64 load of each rank.
+        share_at: (slots) float64 load of each slot.
+        prospect: (experts, 7) float64, what one replica more or less of an expert would do; see `look_ahead`.
+    """
+
+    weight: Float64Array
+    expert_at: Int64Array
+    rank_of: Int64Array
+    replicas: Int64Array
+    slots_of: Int64Array
+    num_on: Int64Array
+    was_on: BoolArray
+    may_be_on: BoolArray
+    load_of: Float64Array
+    share_at: Float64Array
+    prospect: Float64Array
+
+
+SHARE, SINKS, SINK_GAIN, SINK_EVENNESS, RISES, RISE_LOSS, RISE_EVENNESS = range(7)
+"""Columns of `Layer.prospect`."""
+
+
+@compiled
+def make_layer(weight: Float64Array, start: Int64Array, row: Int64Array, num_ranks: int, ranks_per_node: int) -> Layer:
+    """Return a layer ready to be repaired.
+
+    Args:
+        weight: (experts) float64 load of each expert.
+        start: (slots) int64 what the slots hold now.
+        row: (slots) int64 what they shall hold before the repair; every expert has a slot.
+        num_ranks: Ranks that share the slots.
+        ranks_per_node: An expert stays on the nodes that `row` has it on; all ranks: it may go anywhere.
+    """
+    num_experts, num_slots = len(weight), len(row)
+    num_local = num_slots // num_ranks
+    layer = Layer(
+        weight,
+        row.copy(),
+        np.arange(num_slots) // num_local,
+        np.zeros(num_experts, dtype=np.int64),
+        np.zeros((num_experts, num_slots - num_experts + 2), dtype=np.int64),
+        np.zeros((num_experts, num_ranks), dtype=np.int64),
+        np.zeros((num_experts, num_ranks), dtype=np.bool_),
+        np.zeros((num_experts, num_ranks), dtype=np.bool_),
+        np.zeros(num_ranks),
+        np.zeros(num_slots),
+        np.zeros((num_experts, 7)),
+    )
+    for slot in range(num_slots):
+        rank = slot // num_local
+        if start[slot] != EMPTY:
+            layer.was_on[start[slot], rank] = True
+        expert = row[slot]
+        if expert != EMPTY:
+            layer.slots_of[expert, layer.replicas[expert]] = slot
+            layer.replicas[expert] += 1
+            layer.num_on[expert, rank] += 1
+            first = rank // ranks_per_node * ranks_per_node
+            layer.may_be_on[expert, first : first + ranks_per_node] = True
+    sum_loads(layer)
+    return layer
+
+
+@compiled
+def sum_loads(layer: Layer) -> None:
+    """Compute the load of every rank anew, in the order of the slots, so that no error grows."""
+    layer.load_of[:] = 0.0
+    for slot in range(len(layer.expert_at)):
+        expert = layer.expert_at[slot]
+        share = layer.weight[expert] / layer.replicas[expert] if expert >= 0 else 0.0
+        layer.share_at[slot] = share
+        layer.load_of[layer.rank_of[slot]] += share
+
+
+@compiled
+def look_ahead(layer: Layer, limit: float) -> None:
+    """Fill the prospect of every expert.
+
+    With one replica more, each of its slots carries `SINKS` less than its `SHARE`: that takes `SINK_GAIN` of the
+    excess away, and `SINK_EVENNESS` of the squared loads. With one less, each carries `RISES` more, which would add
+    `RISE_LOSS` to the excess and `RISE_EVENNESS` to the squared loads if all slots stayed.
+    """
+    weight, replicas, slots_of, load_of = layer.weight, layer.replicas, layer.slots_of, layer.load_of
+    for expert in range(len(weight)):
+        count = replicas[expert]
+        share = weight[expert] / count
+        sinks = share - weight[expert] / (count + 1)
+        rises = weight[expert] / (count - 1) - share if count > 1 else 0.0
+        gain, loss, sink_evenness, rise_evenness = 0.0, 0.0, 0.0, 0.0
+        for index in range(count):
+            rank = layer.rank_of[slots_of[expert, index]]
+            load, times = load_of[rank], layer.num_on[expert, rank]  # a rank is met once for each slot that it has
+            excess = max(load - limit, 0.0)
+            gain += min(excess, times * sinks) / times
+            loss += (max(load + times * rises - limit, 0.0) - excess) / times
+            sink_evenness += sinks * (2.0 * load - times * sinks)
+            rise_evenness += rises * (2.0 * load + times * rises)
+        layer.prospect[expert, SHARE] = share
+        layer.prospect[expert, SINKS] = sinks
+        layer.prospect[expert, SINK_GAIN] = gain
+        layer.prospect[expert, SINK_EVENNESS] = sink_evenness
+        layer.prospect[expert, RISES] = rises
+        layer.prospect[expert, RISE_LOSS] = loss
+        layer.prospect[expert, RISE_EVENNESS] = rise_evenness
+
+
+@compiled
+def may_get(layer: Layer, expert: int, rank: int) -> bool:
+    """Whether a rank may get an expert, which it does not hold yet."""
+    return bool(layer.num_on[expert, rank] == 0 and layer.may_be_on[expert, rank])
+
+
+@compiled
+def put(layer: Layer, slot: int, expert: int) -> None:
+    """Put an expert into a slot."""
+    rank, old = layer.rank_of[slot], layer.expert_at[slot]
+    if old >= 0:
+        last = layer.replicas[old] - 1
+        for index in range(last):
+            if layer.slots_of[old, index] == slot:
+                layer.slots_of[old, index] = layer.slots_of[old, last]
+        layer.replicas[old] = last
+        layer.num_on[old, rank] -= 1
+    layer.expert_at[slot] = expert
+    layer.slots_of[expert, layer.replicas[expert]] = slot
+    layer.replicas[expert] += 1
+    layer.num_on[expert, rank] += 1

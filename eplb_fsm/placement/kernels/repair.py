@@ -1,0 +1,287 @@
+"""Repair of a placement with few moves, as a kernel: take load off the heaviest rank until a limit holds.
+
+One layer at a time. While some rank carries more than the limit, the heaviest one is relieved by the change that
+takes away most excess (load above the limit, summed over the ranks) for each expert that has to travel:
+
+* an overwrite puts an expert into a slot whose own expert has another replica, or into an empty slot;
+* a swap exchanges the experts of two slots on different ranks.
+
+An expert travels when a rank gets it that did not hold it at the start, so taking an earlier change back costs less
+than nothing. No change puts a second replica of an expert on a rank, or an expert on a node that did not hold it
+where nodes are to be kept apart. Of equally good changes the one that leaves the ranks most even wins, then the first
+one found.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from eplb_fsm.placement.digest import Int64Array
+from eplb_fsm.placement.kernels.compiled import compiled
+from eplb_fsm.placement.kernels.layer import (
+    RISE_EVENNESS,
+    RISE_LOSS,
+    RISES,
+    SHARE,
+    SINK_EVENNESS,
+    SINK_GAIN,
+    SINKS,
+    Layer,
+    look_ahead,
+    make_layer,
+    may_get,
+    put,
+    sum_loads,
+)
+from eplb_fsm.placement.validate import Float64Array
+
+_ROUNDING = 1e-9
+"""Scores, and loads beside the limit, that differ by less than this share count as equal."""
+_FREE = 1e-3
+"""Cost of a change for which nothing has to travel, in travelling experts."""
+
+
+class Change(NamedTuple):
+    """A change and what it is worth.
+
+    Attributes:
+        slot: Slot to overwrite, or the heaviest rank's slot of a swap; -1: there is no change.
+        other: The other slot of a swap; -1: an overwrite.
+        expert: What `slot` holds afterwards.
+        score: Excess taken away for each travelling expert.
+        evenness: By how much the sum of squared rank loads sinks.
+    """
+
+    slot: int
+    other: int
+    expert: int
+    score: float
+    evenness: float
+
+
+@compiled
+def repair_layers(
+    load: Float64Array,
+    start: Int64Array,
+    rows: Int64Array,
+    num_ranks: int,
+    ranks_per_node: int,
+    target: float,
+    max_changes: int,
+    is_new: bool,
+) -> Float64Array:
+    """Repair all layers in place until their balancedness is at least `target`; those without load are left alone.
+
+    Args:
+        load: (layers, experts) float64, C-contiguous.
+        start: (layers, slots) int64 what the slots hold now.
+        rows: (layers, slots) int64 where the repair begins; holds the result afterwards.
+        num_ranks: Ranks that share the slots.
+        ranks_per_node: As in :func:`make_layer`.
+        target: Balancedness at which a layer is left as it is.
+        max_changes: Most changes of one layer.
+        is_new: `rows` is a new plan, so second replicas on a rank are spread first.
+
+    Returns:
+        (layers) float64 balancedness of each, 1.0 without load.
+    """
+    balance = np.ones(len(load))
+    for index in range(len(load)):
+        mean = 0.0
+        for expert in range(load.shape[1]):
+            mean += load[index, expert] / num_ranks
+        if mean <= 0.0:
+            continue
+        layer = make_layer(load[index], start[index], rows[index], num_ranks, ranks_per_node)
+        if is_new:
+            spread(layer)
+        relieve(layer, mean / target, max_changes)
+        rows[index] = layer.expert_at
+        balance[index] = mean / layer.load_of.max()
+    return balance
+
+
+@compiled
+def relieve(layer: Layer, limit: float, max_changes: int) -> bool:
+    """Change a layer until no rank carries more than the limit.
+
+    Returns:
+        False when no change helps any more, or after `max_changes`.
+    """
+    _replicate_the_hottest(layer, limit)
+    for _ in range(max_changes):
+        if layer.load_of.max() <= limit * (1.0 + _ROUNDING):
+            return True
+        best = _best_change(layer, limit)
+        if best.slot < 0:
+            return False
+        _apply(layer, best)
+    return False
+
+
+@compiled
+def _replicate_the_hottest(layer: Layer, limit: float) -> None:
+    """Give experts of which one replica alone is more than the limit the replicas that they need, whatever it costs.
+
+    One change at a time would never do it: where such a replica arrives, a rank is too heavy at first.
+    """
+    for expert in range(len(layer.weight)):
+        while layer.weight[expert] > limit * layer.replicas[expert]:
+            look_ahead(layer, limit)
+            best, lightest = -1, np.inf
+            for slot in range(len(layer.expert_at)):
+                old, rank = layer.expert_at[slot], layer.rank_of[slot]
+                if old >= 0 and not _can_spare(layer.weight[old], layer.replicas[old], limit):
+                    continue
+                if layer.num_on[expert, rank] or not layer.may_be_on[expert, rank]:
+                    continue
+                stays = layer.load_of[rank] - layer.share_at[slot]
+                if old >= 0:
+                    stays += layer.prospect[old, RISE_LOSS]
+                if stays < lightest:
+                    best, lightest = slot, stays
+            if best < 0:
+                return
+            put(layer, best, expert)
+            sum_loads(layer)
+
+
+@compiled
+def _best_change(layer: Layer, limit: float) -> Change:
+    """Return the best change for the heaviest rank; where none helps it, for the heaviest one that can be helped."""
+    look_ahead(layer, limit)
+    best = Change(-1, -1, -1, 0.0, 0.0)
+    below = np.inf
+    while best.slot < 0:
+        heaviest, most = -1, limit * (1.0 + _ROUNDING)
+        for rank in range(len(layer.load_of)):
+            if most < layer.load_of[rank] < below:
+                heaviest, most = rank, layer.load_of[rank]
+        if heaviest < 0:
+            break
+        best = _best_swap(layer, heaviest, limit, best)
+        best = _best_overwrite(layer, heaviest, limit, best)
+        below = most
+    return best
+
+
+@compiled
+def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> Change:
+    """Look at all overwrites that change the load of the heaviest rank: of a slot, or by an expert that it has."""
+    expert_at, replicas, load_of, prospect = layer.expert_at, layer.replicas, layer.load_of, layer.prospect
+    num_on, was_on, may_be_on = layer.num_on, layer.was_on, layer.may_be_on
+    slots_of, rank_of = layer.slots_of, layer.rank_of
+    num_local = len(expert_at) // len(load_of)
+    own = expert_at[heaviest * num_local : (heaviest + 1) * num_local]
+    everything = np.arange(len(replicas))
+    for slot in range(len(expert_at)):
+        old, rank = expert_at[slot], rank_of[slot]
+        if old >= 0 and not _can_spare(layer.weight[old], replicas[old], limit):
+            continue
+        load = load_of[rank]
+        excess = max(load - limit, 0.0)
+        leaves, rises, loss, evenness_lost, old_cost = 0.0, 0.0, 0.0, 0.0, 0.0
+        if old >= 0:  # what the other replicas of the old expert take over
+            rises, up = prospect[old, RISES], num_on[old, rank] * prospect[old, RISES]
+            leaves = prospect[old, SHARE] - up + rises
+            loss = max(prospect[old, RISE_LOSS] - max(load + up - limit, 0.0) + excess, 0.0)
+            evenness_lost = prospect[old, RISE_EVENNESS] - up * (2.0 * load + up)
+            old_cost = 0.0 if was_on[old, rank] else 1.0
+        for expert in everything if rank == heaviest else own:
+            if expert < 0 or num_on[expert, rank] or not may_be_on[expert, rank]:
+                continue
+            sinks = prospect[expert, SINKS]
+            after = load + prospect[expert, SHARE] - sinks - leaves
+            most = prospect[expert, SINK_GAIN] + excess - max(after - limit, 0.0)
+            cost = max((0.0 if was_on[expert, rank] else 1.0) - old_cost, _FREE)
+            if most <= limit * _ROUNDING or most < best.score * cost * (1.0 - _ROUNDING):
+                continue
+            gain = most - loss
+            evenness = prospect[expert, SINK_EVENNESS] + (load - after) * (load + after) - evenness_lost
+            for index in range(replicas[expert] if old >= 0 else 0):
+                other = rank_of[slots_of[expert, index]]
+                if num_on[old, other]:  # it carries less of one and more of the other
+                    up, down = num_on[old, other] * rises, num_on[expert, other] * sinks
+                    over = load_of[other] - limit
+                    evenness += 2.0 * up * sinks
+                    gain += (max(over + up, 0.0) + max(over - down, 0.0)) / num_on[expert, other]
+                    gain -= (max(over + up - down, 0.0) + max(over, 0.0)) / num_on[expert, other]
+            if gain > limit * _ROUNDING and _is_better(gain / cost, evenness, best.score, best.evenness):
+                best = Change(slot, -1, expert, gain / cost, evenness)
+    return best
+
+
+@compiled
+def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Change:
+    """Look at all swaps of a slot of the heaviest rank."""
+    expert_at, load_of, share_at = layer.expert_at, layer.load_of, layer.share_at
+    num_on, was_on, may_be_on = layer.num_on, layer.was_on, layer.may_be_on
+    num_local = len(expert_at) // len(load_of)
+    excess = load_of[heaviest] - limit
+    for own in range(heaviest * num_local, (heaviest + 1) * num_local):
+        expert = expert_at[own]
+        if expert < 0:
+            continue
+        own_cost = 0.0 if was_on[expert, heaviest] else 1.0
+        for rank in range(len(load_of)):
+            room = limit - load_of[rank]
+            if room <= 0.0 or num_on[expert, rank] or not may_be_on[expert, rank]:
+                continue
+            new_cost = (0.0 if was_on[expert, rank] else 1.0) - own_cost
+            for slot in range(rank * num_local, (rank + 1) * num_local):
+                sinks, other = share_at[own] - share_at[slot], expert_at[slot]
+                gain = min(sinks, excess) - max(sinks - room, 0.0)
+                if gain <= limit * _ROUNDING or other < 0:
+                    continue
+                if num_on[other, heaviest] or not may_be_on[other, heaviest]:
+                    continue
+                cost = new_cost + (0.0 if was_on[other, heaviest] else 1.0) - (0.0 if was_on[other, rank] else 1.0)
+                score = gain / max(cost, _FREE)
+                evenness = 2.0 * sinks * (load_of[heaviest] - load_of[rank] - sinks)
+                if _is_better(score, evenness, best.score, best.evenness):
+                    best = Change(own, slot, other, score, evenness)
+    return best
+
+
+@compiled
+def _can_spare(weight: float, replicas: int, limit: float) -> bool:
+    """Whether an expert can do without one of its replicas: each other one is still bearable for a rank."""
+    return replicas > 1 and weight <= limit * (replicas - 1)
+
+
+@compiled
+def _is_better(score: float, evenness: float, best_score: float, best_evenness: float) -> bool:
+    if score > best_score * (1.0 + _ROUNDING):
+        return True
+    return score > best_score * (1.0 - _ROUNDING) and evenness > best_evenness
+
+
+@compiled
+def _apply(layer: Layer, change: Change) -> None:
+    old = layer.expert_at[change.slot]
+    put(layer, change.slot, change.expert)
+    if change.other >= 0:
+        put(layer, change.other, old)
+    sum_loads(layer)
+
+
+@compiled
+def spread(layer: Layer) -> None:
+    """Swap second replicas of an expert away from their rank, as long as no rank gets heavier than the heaviest."""
+    for slot in range(len(layer.expert_at)):
+        rank, expert = layer.rank_of[slot], layer.expert_at[slot]
+        if expert < 0 or layer.num_on[expert, rank] < 2:
+            continue
+        best, lightest = -1, layer.load_of.max() * (1.0 + _ROUNDING)
+        for other_slot in range(len(layer.expert_at)):
+            other_rank, other = layer.rank_of[other_slot], layer.expert_at[other_slot]
+            if other < 0 or not may_get(layer, expert, other_rank) or not may_get(layer, other, rank):
+                continue
+            sinks = layer.weight[expert] / layer.replicas[expert] - layer.weight[other] / layer.replicas[other]
+            heavier = max(layer.load_of[rank] - sinks, layer.load_of[other_rank] + sinks)
+            if heavier < lightest:
+                best, lightest = other_slot, heavier
+        if best >= 0:
+            _apply(layer, Change(slot, best, layer.expert_at[best], 0.0, 0.0))

@@ -1,0 +1,81 @@
+"""The movement-aware policy: repairs the current placement instead of making a new one.
+
+Each layer that is not balanced well enough is repaired with as few travelling experts as a greedy search finds
+(:mod:`~eplb_fsm.placement.kernels.repair`). Where the target cannot be reached that way, and for a layer
+whose load has turned over, DeepSeek's placement is the other candidate, with its ranks renamed so that most experts
+are there already: so the result is never less balanced than that one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eplb_fsm.errors import ConfigError
+from eplb_fsm.placement.digest import Int64Array
+from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.policies.deepseek import is_hierarchical, rebalance_experts
+from eplb_fsm.placement.topology import Topology
+from eplb_fsm.placement.validate import Float64Array
+
+DEFAULT_TARGET = 0.95
+_CHANGES_PER_SLOT = 4
+"""Bound of the search; what it finds takes far less than one change for each slot."""
+
+
+class MovementAwarePolicy:
+    """Reaches a target balancedness in each layer with few peer moves.
+
+    Args:
+        target_balancedness: Layers that reach it are left alone; above 0, at most 1.
+
+    Raises:
+        ConfigError: another target.
+    """
+
+    name = "movement_aware"
+    deterministic = True
+
+    def __init__(self, target_balancedness: float = DEFAULT_TARGET) -> None:
+        if not 0.0 < target_balancedness <= 1.0:
+            raise ConfigError(f"target_balancedness = {target_balancedness}: must be above 0, at most 1")
+        self._target = target_balancedness
+
+    def warm_up(self) -> None:
+        """Have the kernels compiled: plan what cannot be balanced, so that each of them is needed."""
+        self.plan(np.array([[3.0, 1.0]]), Placement.initial(1, 2, 2, 2), Topology(2))
+
+    def plan(self, load: Float64Array, current: Placement, topology: Topology) -> Placement:
+        """Repair the current placement; arguments and result as in `RebalancePolicy.plan`.
+
+        Expert groups stay on their nodes where DeepSeek's method would keep them there.
+        """
+        load = np.ascontiguousarray(load, dtype=np.float64)
+        start = current.physical_to_logical_map.copy()  # a read-only array is another type, to be compiled for again
+        if not is_hierarchical(current.num_logical_experts, topology):
+            topology = Topology(topology.num_ranks)
+        rows = start.copy()
+        balance = self._repair(load, start, rows, topology, is_new=False)
+        missed = np.flatnonzero(balance < self._target)
+        if len(missed):
+            others = self._replan(load[missed], start[missed], current, topology)
+            other_balance = self._repair(load[missed], start[missed], others, topology, is_new=True)
+            better = other_balance > balance[missed]
+            rows[missed[better]] = others[better]
+        return Placement(rows, current.num_logical_experts, current.num_ranks)
+
+    def _repair(
+        self, load: Float64Array, start: Int64Array, rows: Int64Array, topology: Topology, *, is_new: bool
+    ) -> Float64Array:
+        from eplb_fsm.placement.kernels.repair import repair_layers  # here: only who plans needs a compiler
+
+        ranks_per_node = topology.num_ranks // topology.num_nodes
+        most = _CHANGES_PER_SLOT * rows.shape[1]
+        return repair_layers(load, start, rows, topology.num_ranks, ranks_per_node, self._target, most, is_new)
+
+    @staticmethod
+    def _replan(load: Float64Array, start: Int64Array, current: Placement, topology: Topology) -> Int64Array:
+        from eplb_fsm.placement.kernels.match import match_ranks
+
+        rows = rebalance_experts(load, current.num_physical_experts, topology)
+        match_ranks(start, rows, topology.num_ranks, topology.num_nodes, current.num_logical_experts)
+        return rows

@@ -1,0 +1,173 @@
+"""Policies side by side: how balanced, how many moves, how long; every planner on the same loads, one after the other.
+
+Each case starts with DeepSeek's placement for its first window. Then every planner is given one window after the
+other and goes on from its own placement. Balancedness is that of the window planned for, and of the next one, which
+nobody has seen.
+
+    python -m tests.benchmarks.placement --json placement.json
+    python -m tests.benchmarks.placement --peers DIR    # DIR: vLLM's and SGLang's wheels, unpacked
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from eplb_fsm.engines.reference.machine import describe_machine
+from eplb_fsm.placement import Placement
+from eplb_fsm.placement.balancedness import balancedness
+from eplb_fsm.placement.kernels.compiled import IS_COMPILED
+from eplb_fsm.placement.moves import num_peer_moves
+from tests.benchmarks.placement.contestants import Planner, greedy_swap, no_move, own, peers
+from tests.benchmarks.placement.loads import Case, cases
+
+TARGETS = (0.95, 0.99)
+REFERENCE = "deepseek_global"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one planner did in one case: a value for each plan it made."""
+
+    case: str
+    planner: str
+    now: list[float]
+    """Mean balancedness over the layers, of the window that was planned for."""
+    worst: list[float]
+    """That of the worst layer."""
+    ahead: list[float]
+    """Mean balancedness of the next window."""
+    moves: list[int]
+    """Experts that had to come from another rank."""
+    duplicates: int
+    """Slots of the last placement whose expert has another slot on the same rank."""
+    ms: list[float]
+
+
+def run_case(case: Case, planners: Mapping[str, Planner]) -> list[Result]:
+    """Run all planners on one case, interleaved: each window goes to every planner before the next one."""
+    size = case.size
+    first = Placement.initial(size.num_moe_layers, size.num_logical, size.num_physical, size.num_ranks)
+    start = own(REFERENCE, 1.0)(case.windows[0], first)
+    results = {name: Result(case.name, name, [], [], [], [], 0, []) for name in planners}
+    current = dict.fromkeys(planners, start)
+    for load, coming in zip(case.windows[1:-1], case.windows[2:], strict=True):
+        for name, plan in planners.items():
+            started = time.perf_counter()
+            planned = plan(load, current[name])
+            result = results[name]
+            result.ms.append((time.perf_counter() - started) * 1e3)
+            layers = balancedness(load, planned)
+            result.now.append(float(layers.mean()))
+            result.worst.append(float(layers.min()))
+            result.ahead.append(float(balancedness(coming, planned).mean()))
+            result.moves.append(num_peer_moves(current[name], planned))
+            current[name] = planned
+    return [Result(**{**asdict(results[name]), "duplicates": num_duplicates(current[name])}) for name in planners]
+
+
+def num_duplicates(placement: Placement) -> int:
+    """Slots whose expert has another slot on the same rank."""
+    ranks = placement.physical_to_logical_map.reshape(-1, placement.num_local_physical_experts)
+    return sum(len(rank) - len(set(rank)) for rank in ranks.tolist())
+
+
+def make_planners(site_packages: Path | None) -> dict[str, Planner]:
+    """All planners by name."""
+    return {
+        "no move": no_move,
+        "greedy swap": greedy_swap,
+        REFERENCE: own(REFERENCE, 1.0),
+        **{f"movement_aware {target}": own("movement_aware", target) for target in TARGETS},
+        **peers(site_packages),
+    }
+
+
+def summarize(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """One row for each planner, over all cases."""
+    rows = {}
+    for name in dict.fromkeys(result.planner for result in results):
+        mine = [result for result in results if result.planner == name]
+        rows[name] = {
+            "balance_now": statistics.fmean(value for result in mine for value in result.now),
+            "balance_next": statistics.fmean(value for result in mine for value in result.ahead),
+            "worst_layer": min(value for result in mine for value in result.worst),
+            "moves": sum(sum(result.moves) for result in mine),
+            "ms_median": statistics.median(value for result in mine for value in result.ms),
+            "ms_max": max(value for result in mine for value in result.ms),
+            "duplicates": sum(result.duplicates for result in mine),
+        }
+    return rows
+
+
+def compare(results: Sequence[Result], target: float) -> dict[str, float]:
+    """How many times fewer moves than the reference, over the cases in which not moving misses the target."""
+    by_case = {(result.case, result.planner): result for result in results}
+    names = list(dict.fromkeys(result.case for result in results))
+    hard = [name for name in names if min(by_case[name, "no move"].now) < target]
+    ours = [by_case[name, f"movement_aware {target}"] for name in hard]
+    theirs = [by_case[name, REFERENCE] for name in hard]
+    ratios = [sum(b.moves) / max(1, sum(a.moves)) for a, b in zip(ours, theirs, strict=True)]
+    ahead = [statistics.fmean(a.ahead) - statistics.fmean(b.ahead) for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "target": target,
+        "cases": len(hard),
+        "cases_good_without_moves": len(names) - len(hard),
+        "fewer_moves_median": statistics.median(ratios),
+        "fewer_moves_min": min(ratios),
+        "balance_next_median_difference": statistics.median(ahead),
+        "balance_next_worst_difference": min(ahead),
+    }
+
+
+def main() -> None:
+    """Run, print tables, and write all of it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--real", type=Path, help="file with real counts: one more case")
+    parser.add_argument("--peers", type=Path, help="folder in which vLLM's and SGLang's wheels are unpacked")
+    parser.add_argument("--json", type=Path, help="file for every figure")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    planners = make_planners(args.peers)
+    for plan in planners.values():  # compilers run before the clock does
+        plan(_WARM_UP[0], _WARM_UP[1])
+    results = []
+    for case in cases(args.real):
+        if args.only in case.name:
+            results += run_case(case, planners)
+            print_case(results[-len(planners) :])
+    report = {
+        "machine": describe_machine(),
+        "is_compiled": IS_COMPILED,
+        "summary": summarize(results),
+        "comparison": [compare(results, target) for target in TARGETS],
+    }
+    print(json.dumps(report, indent=2))
+    if args.json is not None:
+        everything = {**report, "results": [asdict(result) for result in results]}
+        args.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
+
+
+def print_case(results: Sequence[Result]) -> None:
+    """A line for each planner."""
+    for result in results:
+        now, ahead = statistics.fmean(result.now), statistics.fmean(result.ahead)
+        print(
+            f"{result.case:18} {result.planner:20} now {now:.4f} next {ahead:.4f} moves {sum(result.moves):7}"
+            f" {statistics.median(result.ms):8.2f} ms, at most {max(result.ms):8.2f}",
+            flush=True,
+        )
+
+
+_WARM_UP = (next(cases()).windows[0][:1, :2] + 1.0, Placement.initial(1, 2, 2, 2))
+
+if __name__ == "__main__":
+    main()
