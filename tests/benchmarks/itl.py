@@ -47,7 +47,8 @@ def interval(log_ratios: Sequence[float]) -> dict[str, float]:
 
 def make_specs(ranks: int, steps: int, pairs: int, batch: int, options: dict[str, Any]) -> list[RunSpec]:
     """Return the runs of all pairs: none, async, async, none, none, ..."""
-    config = RebalanceConfig(**{**demo_defaults(steps, ranks), **options})
+    # A policy that plans from nothing moves most experts each time: much to be slowed down by.
+    config = RebalanceConfig(**{**demo_defaults(steps, ranks), "policy": "deepseek", **options})
     none, _, rebalanced = DemoOptions(ranks=ranks, steps=steps, batch=batch, config=config).specs()
     specs = []
     for pair in range(pairs):

@@ -19,6 +19,12 @@ def rows(draw: st.DrawFn, num_experts: int, num_slots: int, may_be_empty: bool) 
 
 
 @st.composite
+def placements(draw: st.DrawFn, num_ranks: int) -> Placement:
+    """A live placement of a few small layers."""
+    return draw(placement_pairs(num_ranks))[0]
+
+
+@st.composite
 def placement_pairs(draw: st.DrawFn, num_ranks: int) -> tuple[Placement, Placement]:
     """A live placement and a target of the same shape."""
     num_slots = num_ranks * draw(st.integers(1, 5))
