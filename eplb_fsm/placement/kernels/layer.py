@@ -23,12 +23,12 @@ class Layer(NamedTuple):
         rank_of: (slots) int64 rank of each slot.
         replicas: (experts) int64 slots of each expert.
         slots_of: (experts, most replicas) int64 those slots; the first `replicas` entries of a row count.
-        num_on: (experts, ranks) int64 slots of an expert on a rank.
+        num_on: (experts, ranks) int16 slots of an expert on a rank.
         was_on: (experts, ranks) bool, whether the rank held the expert at the start.
         may_be_on: (experts, ranks) bool, whether it may hold it.
         load_of: (ranks) float64 load of each rank.
         share_at: (slots) float64 load of each slot.
-        prospect: (experts, 7) float64, what one replica more or less of an expert would do; see `look_ahead`.
+        prospect: (7, experts) float64, what one replica more or less of an expert would do; see `look_ahead`.
     """
 
     weight: Float64Array
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     rank_of: Int64Array
     replicas: Int64Array
     slots_of: Int64Array
-    num_on: Int64Array
+    num_on: npt.NDArray[np.int16]
     was_on: BoolArray
     may_be_on: BoolArray
     load_of: Float64Array
@@ -45,7 +45,7 @@ class Layer(NamedTuple):
 
 
 SHARE, SINKS, SINK_GAIN, SINK_EVENNESS, RISES, RISE_LOSS, RISE_EVENNESS = range(7)
-"""Columns of `Layer.prospect`."""
+"""Rows of `Layer.prospect`."""
 
 
 @compiled
@@ -67,12 +67,12 @@ def make_layer(weight: Float64Array, start: Int64Array, row: Int64Array, num_ran
         np.arange(num_slots) // num_local,
         np.zeros(num_experts, dtype=np.int64),
         np.zeros((num_experts, num_slots - num_experts + 2), dtype=np.int64),
-        np.zeros((num_experts, num_ranks), dtype=np.int64),
+        np.zeros((num_experts, num_ranks), dtype=np.int16),
         np.zeros((num_experts, num_ranks), dtype=np.bool_),
         np.zeros((num_experts, num_ranks), dtype=np.bool_),
         np.zeros(num_ranks),
         np.zeros(num_slots),
-        np.zeros((num_experts, 7)),
+        np.zeros((7, num_experts)),
     )
     for slot in range(num_slots):
         rank = slot // num_local
@@ -123,13 +123,13 @@ def look_ahead(layer: Layer, limit: float) -> None:
             loss += (max(load + times * rises - limit, 0.0) - excess) / times
             sink_evenness += sinks * (2.0 * load - times * sinks)
             rise_evenness += rises * (2.0 * load + times * rises)
-        layer.prospect[expert, SHARE] = share
-        layer.prospect[expert, SINKS] = sinks
-        layer.prospect[expert, SINK_GAIN] = gain
-        layer.prospect[expert, SINK_EVENNESS] = sink_evenness
-        layer.prospect[expert, RISES] = rises
-        layer.prospect[expert, RISE_LOSS] = loss
-        layer.prospect[expert, RISE_EVENNESS] = rise_evenness
+        layer.prospect[SHARE, expert] = share
+        layer.prospect[SINKS, expert] = sinks
+        layer.prospect[SINK_GAIN, expert] = gain
+        layer.prospect[SINK_EVENNESS, expert] = sink_evenness
+        layer.prospect[RISES, expert] = rises
+        layer.prospect[RISE_LOSS, expert] = loss
+        layer.prospect[RISE_EVENNESS, expert] = rise_evenness
 
 
 @compiled

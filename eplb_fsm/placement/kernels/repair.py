@@ -139,7 +139,7 @@ def _replicate_the_hottest(layer: Layer, limit: float) -> None:
                     continue
                 stays = layer.load_of[rank] - layer.share_at[slot]
                 if old >= 0:
-                    stays += layer.prospect[old, RISE_LOSS]
+                    stays += layer.prospect[RISE_LOSS, old]
                 if stays < lightest:
                     best, lightest = slot, stays
             if best < 0:
@@ -174,8 +174,10 @@ def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> 
     num_on, was_on, may_be_on = layer.num_on, layer.was_on, layer.may_be_on
     slots_of, rank_of = layer.slots_of, layer.rank_of
     num_local = len(expert_at) // len(load_of)
-    own = expert_at[heaviest * num_local : (heaviest + 1) * num_local]
     everything = np.arange(len(replicas))
+    own = expert_at[heaviest * num_local : (heaviest + 1) * num_local]
+    own = own[own >= 0]
+    own_prospect = prospect[:, own]  # side by side in memory, since it is read for every slot
     for slot in range(len(expert_at)):
         old, rank = expert_at[slot], rank_of[slot]
         if old >= 0 and not _can_spare(layer.weight[old], replicas[old], limit):
@@ -184,22 +186,24 @@ def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> 
         excess = max(load - limit, 0.0)
         leaves, rises, loss, evenness_lost, old_cost = 0.0, 0.0, 0.0, 0.0, 0.0
         if old >= 0:  # what the other replicas of the old expert take over
-            rises, up = prospect[old, RISES], num_on[old, rank] * prospect[old, RISES]
-            leaves = prospect[old, SHARE] - up + rises
-            loss = max(prospect[old, RISE_LOSS] - max(load + up - limit, 0.0) + excess, 0.0)
-            evenness_lost = prospect[old, RISE_EVENNESS] - up * (2.0 * load + up)
+            rises, up = prospect[RISES, old], num_on[old, rank] * prospect[RISES, old]
+            leaves = prospect[SHARE, old] - up + rises
+            loss = max(prospect[RISE_LOSS, old] - max(load + up - limit, 0.0) + excess, 0.0)
+            evenness_lost = prospect[RISE_EVENNESS, old] - up * (2.0 * load + up)
             old_cost = 0.0 if was_on[old, rank] else 1.0
-        for expert in everything if rank == heaviest else own:
-            if expert < 0 or num_on[expert, rank] or not may_be_on[expert, rank]:
+        candidates = everything if rank == heaviest else own
+        ahead = prospect if rank == heaviest else own_prospect
+        for candidate in range(len(candidates)):
+            expert, sinks = candidates[candidate], ahead[SINKS, candidate]
+            after = load + ahead[SHARE, candidate] - sinks - leaves
+            most = ahead[SINK_GAIN, candidate] + excess - max(after - limit, 0.0)
+            if most <= limit * _ROUNDING or num_on[expert, rank] or not may_be_on[expert, rank]:
                 continue
-            sinks = prospect[expert, SINKS]
-            after = load + prospect[expert, SHARE] - sinks - leaves
-            most = prospect[expert, SINK_GAIN] + excess - max(after - limit, 0.0)
             cost = max((0.0 if was_on[expert, rank] else 1.0) - old_cost, _FREE)
-            if most <= limit * _ROUNDING or most < best.score * cost * (1.0 - _ROUNDING):
+            if most < best.score * cost * (1.0 - _ROUNDING):
                 continue
             gain = most - loss
-            evenness = prospect[expert, SINK_EVENNESS] + (load - after) * (load + after) - evenness_lost
+            evenness = ahead[SINK_EVENNESS, candidate] + (load - after) * (load + after) - evenness_lost
             for index in range(replicas[expert] if old >= 0 else 0):
                 other = rank_of[slots_of[expert, index]]
                 if num_on[old, other]:  # it carries less of one and more of the other
