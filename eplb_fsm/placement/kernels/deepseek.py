@@ -1,8 +1,8 @@
 """DeepSeek's method, one layer after the other, as a kernel: the same placements as the numpy path, sooner.
 
-Equal loads keep the order of the numpy path. What makes it fast: items are sorted by the leading bits of their weight, in
-one pass; experts with replicas are a prefix of that order, so the next redundant slot is found without looking at the
-rest; and the lightest rank is the root of a tournament, of which one item changes one path.
+Equal loads keep the order of the numpy path. What makes it fast: items are sorted by the leading bits of their
+weight, in one pass; experts with replicas are a prefix of that order, so the next redundant slot is found without
+looking at the rest; and the lightest rank is the root of a tournament, of which one item changes one path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eplb_fsm.placement.validate import Float64Array
 
 _NUM_BUCKETS = 1024
 _KEY_SHIFT = 46
-"""Bits of a float64 that the key leaves out: 64 buckets for each factor of two, 16 of these below the largest weight."""
+"""Bits of a float64 that the key leaves out: 64 buckets for each factor of two, 16 of those below the largest one."""
 
 
 class _Scratch(NamedTuple):
@@ -46,8 +46,8 @@ class _Scratch(NamedTuple):
 def _sort_descending(weight: Float64Array, order: Int64Array, starts: Int64Array) -> None:
     """Fill `order` with the indices of `weight`, heaviest first, equal ones ascending.
 
-    A bucket sort by the leading bits, which for floats of 0 or more are in the order of the floats, and an insertion sort
-    of what it leaves.
+    A bucket sort by the leading bits, which for floats of 0 or more are in the order of the floats, and an insertion
+    sort of what it leaves.
     """
     num_items = len(weight)
     bits = weight.view(np.int64)
@@ -134,7 +134,7 @@ def _pack(weight: Float64Array, order: Int64Array, num_packs: int, pack_of: Int6
         load = bits[node]
         while node > 1:
             other, other_pack = bits[node ^ 1], winner[node ^ 1]
-            # All ones where it stays the lighter one: which one it is cannot be predicted, and a wrong guess costs most.
+            # All ones where it stays the lighter one: that cannot be predicted, and a wrong guess costs most.
             mask = -np.int64(load < other + 1 - (node & 1))
             load = other ^ ((load ^ other) & mask)
             pack = other_pack ^ ((pack ^ other_pack) & mask)

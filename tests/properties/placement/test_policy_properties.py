@@ -43,7 +43,7 @@ def test_no_layer_is_less_balanced_than_it_must_be(problem: tuple[Placement, np.
 
 @given(problems(), TARGETS)
 def test_what_is_balanced_stays(problem: tuple[Placement, np.ndarray], target: float) -> None:
-    """A layer that reaches the target keeps its row: so a second plan for the same load moves none of the good layers."""
+    """A second plan for the same load leaves every layer that reaches the target as it is."""
     current, load = problem
     topology = Topology(current.num_ranks)
     once = movement_aware(target).plan(load, current, topology)
@@ -61,7 +61,9 @@ def test_the_unit_of_the_load_does_not_matter(
     current, load = problem
     topology = Topology(current.num_ranks)
     scaled = load * 2.0**exponent
-    assert movement_aware(target).plan(scaled, current, topology) == movement_aware(target).plan(load, current, topology)
+    assert movement_aware(target).plan(scaled, current, topology) == movement_aware(target).plan(
+        load, current, topology
+    )
 
 
 @given(problems(), TARGETS)
