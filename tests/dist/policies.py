@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from eplb_fsm.placement import Placement, Topology, get_policy
+from eplb_fsm.placement.policies import DeepseekPolicy
 
 HANG_S = 3600.0
 MARKER = "TEST_POLICY_MARKER"
@@ -20,6 +21,10 @@ class Shuffled:
 
     name = "shuffled"
     deterministic = True
+
+    def warm_up(self) -> None:
+        """Load the kernel, so that no plan of a test with short limits waits for it."""
+        DeepseekPolicy("global").warm_up()
 
     def plan(self, load: np.ndarray, current: Placement, topology: Topology) -> Placement:
         """Return the successor of ``current``."""

@@ -5,8 +5,10 @@ What a kernel returns is the same either way: no fast-math, no parallel loop, ev
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
@@ -14,8 +16,10 @@ _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 _numba: Any
 try:
     _numba = import_module("numba")
-except ImportError:  # an extra: engines that bring their own pin it, each another one
+except ImportError as error:  # an extra: engines that bring their own pin it, each another one
     _numba = None
+    if find_spec("numba") is not None:
+        logging.getLogger(__name__).warning("numba cannot be imported (%s), so plans take far longer", error)
 
 IS_COMPILED = _numba is not None
 """Whether kernels are machine code."""
