@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
-SEEDS ?= 49152:122880
+SEEDS ?= 24576:122880
 
 export TORCH
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -20,11 +20,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts docs spec explore mutants bench check generate format clean
+.PHONY: help setup demo test lint types contracts docs spec explore mutants coverage bench check generate format clean
 
 help:
-	@echo "make demo | test | check | setup | lint | types | contracts | docs | spec | explore | mutants | bench"
-	@echo "     generate | format | clean"
+	@echo "make demo | test | check | setup | lint | types | contracts | docs | spec | explore | mutants"
+	@echo "     coverage | bench | generate | format | clean"
 
 setup: $(VENV)/.ready-dev $(VENV)/.ready-docs
 
@@ -57,6 +57,10 @@ explore: $(VENV)/.ready-dev
 mutants: $(VENV)/.ready-mutants
 	$(BIN)/mutmut run $(ARGS)
 	$(BIN)/mutmut results
+
+coverage: $(VENV)/.ready-dev
+	HYPOTHESIS_PROFILE=ci $(BIN)/coverage run --branch --source=eplb_fsm/core -m pytest -q tests/properties/core $(ARGS)
+	$(BIN)/coverage report -m --fail-under=100
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -135,6 +135,16 @@ BAD: list[tuple[str, Sequence[Event], list[str]]] = [
         [aborts(0, 2, reason="FROZEN"), aborts(1, 2, reason="REQUESTED")],
         ["round 2: rank 0 read ABORT at step 2, rank 1 read ABORT at step 2"],
     ),
+    (
+        "same_decision",
+        [event(2, 1, "ResolveRound", decision="ABORT"), *changed(BEGIN, decision="NONE")],
+        ["round 2: rank 0 read BEGIN at step 2, rank 1 read NONE at step 2"],
+    ),
+    (
+        "same_decision",
+        [*without(BEGIN), event(1, 2, "ReadRound")],
+        ["round 2: rank 0 read BEGIN at step 2, rank 1 read  at step 2"],
+    ),
     ("same_plan", changed(PLAN, plan_digest=4), ["epoch 1: ranks 0 and 1 begin with different plans"]),
     (
         "no_transfer_without_consensus",
@@ -151,6 +161,11 @@ BAD: list[tuple[str, Sequence[Event], list[str]]] = [
         "no_transfer_without_consensus",
         [*epoch(0), *(e for e in later(epoch(0)) if e.detail.get("decision") != "BEGIN")],
         ["rank 0 moves weights in epoch 2 without a BEGIN"] * 2,
+    ),
+    (
+        "no_transfer_without_consensus",
+        [event(1, 1, "WorkFailed", decision="BEGIN"), event(1, 2, "ChunkStaged")],
+        ["rank 1 moves weights in epoch 1 without a BEGIN"],
     ),
     (
         "no_stale_receive",
@@ -195,6 +210,11 @@ BAD: list[tuple[str, Sequence[Event], list[str]]] = [
         ["rank 1: epoch 2 takes more than 20 steps"],
     ),
     (
+        "epoch_bounded",
+        [*epoch(0)[:3], event(0, 2, "PlanReady", "AWAITING_CONSENSUS", plan_digest=3), aborts(0, 22)],
+        ["rank 0: epoch 1 takes more than 20 steps"],
+    ),
+    (
         "frozen_is_quiet",
         changed(COMMIT, is_frozen=True, is_drained=False),
         ["rank 1: frozen at step 3 with a transfer under way"],
@@ -220,6 +240,7 @@ HOLDS: dict[str, Sequence[Event]] = {
     ],
     "an epoch as long as its bound": changed(COMMIT, step_idx=31)[9:],
     "an epoch without a plan as long as its bound": [*epoch(0)[:3], aborts(0, 21)],
+    "a rank that is frozen from the first event on": [replace(event(0, 1, "PostVote", "IDLE"), is_frozen=True)],
     "ranks that are idle for long, before an epoch or after it": [
         *epoch(0),
         event(0, 500, "PostVote", "IDLE"),
@@ -239,6 +260,13 @@ def test_a_violation_is_seen(name: str, events: Sequence[Event], texts: list[str
 def test_what_is_allowed_is_no_violation(name: str) -> None:
     """Runs in which nothing is wrong break no rule."""
     assert find_violations(HOLDS[name], bound) == []
+
+
+def test_a_history_is_sorted_once() -> None:
+    """What was sorted for one invariant is taken as it is by the next."""
+    history = invariants._History(GOOD)
+    assert invariants._History.of(history) is history
+    assert invariants._History.of(GOOD) == GOOD
 
 
 def test_a_commit_in_the_round_of_an_abort_is_not_later() -> None:
