@@ -1,10 +1,17 @@
-"""Hypothesis profiles: HYPOTHESIS_PROFILE chooses one; else `ci` where CI is set, and `dev` elsewhere."""
+"""Hypothesis profiles, and which tests may run side by side.
+
+HYPOTHESIS_PROFILE chooses a profile; else it is `ci` where CI is set, and `dev` elsewhere.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+_STARTS_PROCESSES = ("dist", "engines", "faults")
 
 # A run of a whole cluster takes longer than Hypothesis expects of an example, and machines differ.
 _WHOLE_CLUSTERS = (HealthCheck.too_slow, HealthCheck.data_too_large)
@@ -22,3 +29,14 @@ settings.register_profile(
     "nightly", deadline=None, suppress_health_check=_WHOLE_CLUSTERS, max_examples=3000, print_blob=True
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist: tests of real processes one after the other, since they fill the cores; others by file."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        group = "processes" if folder in _STARTS_PROCESSES else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
