@@ -31,12 +31,9 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Under pytest-xdist: tests of real processes one after the other, since they fill the cores; others by file."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
+    if item.config.pluginmanager.hasplugin("xdist"):
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        group = "processes" if folder in _STARTS_PROCESSES else str(item.path)
+        group = "processes" if folder in _STARTS_PROCESSES else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))

@@ -6,12 +6,14 @@ nobody has seen.
 
     python -m tests.benchmarks.placement --json placement.json
     python -m tests.benchmarks.placement --peers DIR    # DIR: vLLM's and SGLang's wheels, unpacked
+    python -m tests.benchmarks.placement --write        # put the table into docs/explanation/placement.md
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,8 @@ from eplb_fsm.placement.moves import num_peer_moves
 from tests.benchmarks.placement.contestants import Planner, greedy_swap, no_move, own, peers
 from tests.benchmarks.placement.loads import Case, cases
 
+PAGE = Path(__file__).resolve().parents[3] / "docs/explanation/placement.md"
+_TABLE = re.compile(r"(<!-- measured -->\n).*?(<!-- end measured -->)", re.DOTALL)
 TARGETS = (0.95, 0.99)
 REFERENCE = "deepseek_global"
 
@@ -134,6 +138,7 @@ def main() -> None:
     parser.add_argument("--real", type=Path, help="file with real counts: one more case")
     parser.add_argument("--peers", type=Path, help="folder in which vLLM's and SGLang's wheels are unpacked")
     parser.add_argument("--json", type=Path, help="file for every figure")
+    parser.add_argument("--write", action="store_true", help="put the table into the page")
     args = parser.parse_args()
     torch.set_num_threads(1)
     planners = make_planners(args.peers)
@@ -151,9 +156,34 @@ def main() -> None:
         "comparison": [compare(results, target) for target in TARGETS],
     }
     print(json.dumps(report, indent=2))
+    if args.write:
+        table = markdown(summarize(results), [compare(results, target) for target in TARGETS])
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(_TABLE.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text), encoding="utf-8")
     if args.json is not None:
         everything = {**report, "results": [asdict(result) for result in results]}
         args.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
+
+
+def markdown(rows: Mapping[str, Mapping[str, float]], comparison: Sequence[Mapping[str, float]]) -> str:
+    """The summary as a table, and a sentence for each target."""
+    lines = [
+        "| planner | balancedness of the window planned for | of the next one | moves | a plan, median and most, ms |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        balance = f"{row['balance_now']:.4f} | {row['balance_next']:.4f}"
+        lines.append(f"| {name} | {balance} | {row['moves']:,} | {row['ms_median']:.1f}, {row['ms_max']:.0f} |")
+    for one in comparison:
+        lines += [
+            "",
+            f"Target {one['target']}: over the {one['cases']} cases that miss it without moves "
+            f"({one['cases_good_without_moves']} do not), {one['fewer_moves_median']:.1f} times fewer moves than "
+            f"`{REFERENCE}` in the median and {one['fewer_moves_min']:.1f} times at least; the next window is less "
+            f"balanced by {-one['balance_next_median_difference']:.4f} in the median, "
+            f"{-one['balance_next_worst_difference']:.4f} at most.",
+        ]
+    return "\n".join(lines)
 
 
 def print_case(results: Sequence[Result]) -> None:
