@@ -32,7 +32,7 @@ demo: $(VENV)/.ready-run
 	$(BIN)/eplb-fsm demo $(ARGS)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -6,10 +6,11 @@ HYPOTHESIS_PROFILE chooses a profile; else it is `ci` where CI is set, and `dev`
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 _STARTS_PROCESSES = ("dist", "engines", "faults")
 
@@ -31,9 +32,15 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Under pytest-xdist: tests of real processes one after the other, since they fill the cores; others by file."""
-    if item.config.pluginmanager.hasplugin("xdist"):
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        group = "processes" if folder in _STARTS_PROCESSES else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """With pytest-xdist: tests of real processes one after the other, since they fill the cores; others by file."""
+    return _ByFile(config, log)
+
+
+class _ByFile(LoadScopeScheduling):
+    """What one worker runs as a whole."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "processes" if path.split("/")[1] in _STARTS_PROCESSES else path
