@@ -19,6 +19,7 @@ from eplb_fsm.errors import ConfigError
 
 ENV_PREFIX = "EPLB_FSM_"
 MIB = 1 << 20
+DEFAULT_TARGET_BALANCEDNESS = 0.95
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("async", "sync"),
@@ -90,7 +91,7 @@ class RebalanceConfig:
     """Groups of logical experts that a hierarchical policy keeps on one node."""
     min_gain: float = 0.01
     """Smallest predicted rise of mean balancedness for which an epoch moves anything; else it is SKIPPED."""
-    target_balancedness: float = 0.95
+    target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS
     """Balancedness at which the policy ``movement_aware`` leaves a layer as it is."""
     lag: int | Literal["auto"] = "auto"
     """Steps between posting and reading a round. ``auto``: 2 plus how far the host runs ahead of the device,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from eplb_fsm.config import DEFAULT_TARGET_BALANCEDNESS
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan
 from eplb_fsm.placement.planning import make_plan
 from eplb_fsm.placement.policies import RebalancePolicy, get_policy
-from eplb_fsm.placement.policies.movement_aware import DEFAULT_TARGET
 from eplb_fsm.placement.shapes import BankShape, Budget
 from eplb_fsm.placement.topology import Topology
 
@@ -31,7 +31,7 @@ class PlanTask:
     shapes: tuple[BankShape, ...]
     budget: Budget
     min_gain: float
-    target_balancedness: float = DEFAULT_TARGET
+    target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS
 
     def make_policy(self) -> RebalancePolicy:
         """Make the policy.

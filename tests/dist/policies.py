@@ -32,6 +32,24 @@ class Shuffled:
         return get_policy("deepseek_global").plan(random.lognormal(0.0, 1.0, size=load.shape), current, topology)
 
 
+class NeedsWarmUp(Shuffled):
+    """Cannot plan in a process that did not call :meth:`warm_up` before."""
+
+    name = "needs_warm_up"
+    is_warm = False
+
+    def warm_up(self) -> None:
+        """Remember that it was called."""
+        super().warm_up()
+        NeedsWarmUp.is_warm = True
+
+    def plan(self, load: np.ndarray, current: Placement, topology: Topology) -> Placement:
+        """Return the successor of ``current``."""
+        if not self.is_warm:
+            raise RuntimeError("nobody called warm_up()")
+        return super().plan(load, current, topology)
+
+
 class Chancy(Shuffled):
     """The same, but it does not declare itself deterministic."""
 

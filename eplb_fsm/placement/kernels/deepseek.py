@@ -43,6 +43,12 @@ class _Scratch(NamedTuple):
 
 
 @compiled
+def _bucket(distance: int) -> int:
+    """Return the bucket of a weight from how far its bits are below the largest; no weight is outside of all."""
+    return max(min(distance >> _KEY_SHIFT, _NUM_BUCKETS - 1), 0)
+
+
+@compiled
 def _sort_descending(weight: Float64Array, order: Int64Array, starts: Int64Array) -> None:
     """Fill `order` with the indices of `weight`, heaviest first, equal ones ascending.
 
@@ -54,11 +60,11 @@ def _sort_descending(weight: Float64Array, order: Int64Array, starts: Int64Array
     top = bits.max()
     starts[:] = 0
     for item in range(num_items):
-        starts[min((top - bits[item]) >> _KEY_SHIFT, _NUM_BUCKETS - 1) + 1] += 1
+        starts[_bucket(top - bits[item]) + 1] += 1
     for bucket in range(1, _NUM_BUCKETS):
         starts[bucket] += starts[bucket - 1]
     for item in range(num_items):
-        bucket = min((top - bits[item]) >> _KEY_SHIFT, _NUM_BUCKETS - 1)
+        bucket = _bucket(top - bits[item])
         order[starts[bucket]] = item
         starts[bucket] += 1
     for position in range(1, num_items):
@@ -190,7 +196,7 @@ def place_layers(load: Float64Array, num_physical: int, num_ranks: int, num_node
     """DeepSeek's hierarchical placement of all layers; everything divides, and every layer has some load.
 
     Args:
-        load: (layers, num_logical_experts) float64, C-contiguous.
+        load: (layers, num_logical_experts) float64, C-contiguous, 0 or more, and no -0.0.
         num_physical: Slots per layer.
         num_ranks: Ranks that share them.
         num_nodes: Nodes; 1 with one group is the global method.

@@ -9,9 +9,8 @@ import numpy.typing as npt
 
 from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.kernels.compiled import compiled
+from eplb_fsm.placement.moves import BoolArray
 from eplb_fsm.placement.validate import EMPTY, Float64Array
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 class Layer(NamedTuple):

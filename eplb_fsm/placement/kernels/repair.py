@@ -1,13 +1,13 @@
 """Repair of a placement with few moves, as a kernel: take load off the heaviest rank until a limit holds.
 
 One layer at a time. While some rank carries more than the limit, the heaviest one is relieved by the change that
-takes away most excess (load above the limit, summed over the ranks) for each expert that has to travel:
+takes away most excess (load above the limit, summed over the ranks) for each peer move:
 
 * an overwrite puts an expert into a slot whose own expert has another replica, or into an empty slot;
 * a swap exchanges the experts of two slots on different ranks.
 
-An expert travels when a rank gets it that did not hold it at the start, so taking an earlier change back costs less
-than nothing. No change puts a second replica of an expert on a rank, or an expert on a node that did not hold it
+A peer move is an expert on a rank that did not hold it at the start, so taking an earlier change back costs less than
+nothing. No change puts a second replica of an expert on a rank, or an expert on a node that did not hold it
 where nodes are to be kept apart. Of equally good changes the one that leaves the ranks most even wins, then the first
 one found.
 """
@@ -28,6 +28,7 @@ from eplb_fsm.placement.kernels.layer import (
     SINK_EVENNESS,
     SINK_GAIN,
     SINKS,
+    BoolArray,
     Layer,
     look_ahead,
     make_layer,
@@ -40,7 +41,7 @@ from eplb_fsm.placement.validate import Float64Array
 _ROUNDING = 1e-9
 """Scores, and loads beside the limit, that differ by less than this share count as equal."""
 _FREE = 1e-3
-"""Cost of a change for which nothing has to travel, in travelling experts."""
+"""Cost of a change without a peer move, in peer moves."""
 
 
 class Change(NamedTuple):
@@ -50,7 +51,7 @@ class Change(NamedTuple):
         slot: Slot to overwrite, or the heaviest rank's slot of a swap; -1: there is no change.
         other: The other slot of a swap; -1: an overwrite.
         expert: What `slot` holds afterwards.
-        score: Excess taken away for each travelling expert.
+        score: Excess taken away for each peer move.
         evenness: By how much the sum of squared rank loads sinks.
     """
 
@@ -71,7 +72,7 @@ def repair_layers(
     target: float,
     max_changes: int,
     is_new: bool,
-) -> Float64Array:
+) -> tuple[BoolArray, Float64Array]:
     """Repair all layers in place until their balancedness is at least `target`; those without load are left alone.
 
     Args:
@@ -85,9 +86,9 @@ def repair_layers(
         is_new: `rows` is a new plan, so second replicas on a rank are spread first.
 
     Returns:
-        (layers) float64 balancedness of each, 1.0 without load.
+        (layers) bool, whether each reaches the target, and (layers) float64 balancedness; True and 1.0 without load.
     """
-    balance = np.ones(len(load))
+    is_good, balance = np.ones(len(load), dtype=np.bool_), np.ones(len(load))
     for index in range(len(load)):
         mean = 0.0
         for expert in range(load.shape[1]):
@@ -97,28 +98,45 @@ def repair_layers(
         layer = make_layer(load[index], start[index], rows[index], num_ranks, ranks_per_node)
         if is_new:
             spread(layer)
-        relieve(layer, mean / target, max_changes)
+        heaviest = relieve(layer, mean / target, max_changes)
         rows[index] = layer.expert_at
-        balance[index] = mean / layer.load_of.max()
-    return balance
+        is_good[index] = heaviest <= _with_rounding(mean / target)
+        balance[index] = mean / heaviest
+    return is_good, balance
 
 
 @compiled
-def relieve(layer: Layer, limit: float, max_changes: int) -> bool:
-    """Change a layer until no rank carries more than the limit.
+def relieve(layer: Layer, limit: float, max_changes: int) -> float:
+    """Change a layer until no rank carries more than the limit, no change helps, or `max_changes` are made.
+
+    A change lessens the excess of all ranks together, and may make one of them heavier than any was. So the lightest
+    heaviest rank that was met counts: `layer.expert_at` holds that row afterwards, and the other arrays do not follow.
 
     Returns:
-        False when no change helps any more, or after `max_changes`.
+        Load of the heaviest rank of that row.
     """
+    lightest, row = layer.load_of.max(), layer.expert_at.copy()
+    if lightest <= _with_rounding(limit):
+        return lightest
     _replicate_the_hottest(layer, limit)
     for _ in range(max_changes):
-        if layer.load_of.max() <= limit * (1.0 + _ROUNDING):
-            return True
+        heaviest = layer.load_of.max()
+        if heaviest < lightest:
+            lightest = heaviest
+            row[:] = layer.expert_at
+        if heaviest <= _with_rounding(limit):
+            break
         best = _best_change(layer, limit)
         if best.slot < 0:
-            return False
+            break
         _apply(layer, best)
-    return False
+    layer.expert_at[:] = row
+    return lightest
+
+
+@compiled
+def _with_rounding(limit: float) -> float:
+    return limit * (1.0 + _ROUNDING)
 
 
 @compiled
@@ -143,7 +161,7 @@ def _replicate_the_hottest(layer: Layer, limit: float) -> None:
                 if stays < lightest:
                     best, lightest = slot, stays
             if best < 0:
-                return
+                break
             put(layer, best, expert)
             sum_loads(layer)
 
@@ -155,7 +173,7 @@ def _best_change(layer: Layer, limit: float) -> Change:
     best = Change(-1, -1, -1, 0.0, 0.0)
     below = np.inf
     while best.slot < 0:
-        heaviest, most = -1, limit * (1.0 + _ROUNDING)
+        heaviest, most = -1, _with_rounding(limit)
         for rank in range(len(layer.load_of)):
             if most < layer.load_of[rank] < below:
                 heaviest, most = rank, layer.load_of[rank]

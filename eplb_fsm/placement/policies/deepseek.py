@@ -108,12 +108,12 @@ def rebalance_experts(load: Float64Array, num_physical: int, topology: Topology)
         ConfigError: groups, nodes, ranks and slots do not divide as the method needs.
     """
     check_divides(load.shape[1], num_physical, topology)
-    load = np.ascontiguousarray(np.where(load.any(axis=1, keepdims=True), load, 1.0))
-    from eplb_fsm.placement.kernels.compiled import (
-        IS_COMPILED,  # here: only who plans needs a compiler, half a second to import
-    )
+    # Imported here, since only who plans needs a compiler, and that takes half a second to import.
+    from eplb_fsm.placement.kernels.compiled import IS_COMPILED
     from eplb_fsm.placement.kernels.deepseek import place_layers
 
+    # Plus zero, since -0.0 is in another order among bits than among floats.
+    load = np.ascontiguousarray(np.where(load.any(axis=1, keepdims=True), load, 1.0) + 0.0)
     place = place_layers if IS_COMPILED else place_layers_numpy
     return place(load, num_physical, topology.num_ranks, topology.num_nodes, topology.num_groups)
 

@@ -1,6 +1,6 @@
 """The movement-aware policy: repairs the current placement instead of making a new one.
 
-Each layer that is not balanced well enough is repaired with as few travelling experts as a greedy search finds
+Each layer that is not balanced well enough is repaired with as few peer moves as a greedy search finds
 (:mod:`~eplb_fsm.placement.kernels.repair`). Where the target cannot be reached that way, and for a layer
 whose load has turned over, DeepSeek's placement is the other candidate, with its ranks renamed so that most experts
 are there already: so the result is never less balanced than that one.
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from eplb_fsm.config import DEFAULT_TARGET_BALANCEDNESS
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.placement.digest import Int64Array
+from eplb_fsm.placement.moves import BoolArray
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.policies.deepseek import is_hierarchical, rebalance_experts
 from eplb_fsm.placement.topology import Topology
 from eplb_fsm.placement.validate import Float64Array
 
-DEFAULT_TARGET = 0.95
 _CHANGES_PER_SLOT = 4
 """Bound of the search; what it finds takes far less than one change for each slot."""
 
@@ -35,7 +36,7 @@ class MovementAwarePolicy:
     name = "movement_aware"
     deterministic = True
 
-    def __init__(self, target_balancedness: float = DEFAULT_TARGET) -> None:
+    def __init__(self, target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS) -> None:
         if not 0.0 < target_balancedness <= 1.0:
             raise ConfigError(f"target_balancedness = {target_balancedness}: must be above 0, at most 1")
         self._target = target_balancedness
@@ -54,18 +55,18 @@ class MovementAwarePolicy:
         if not is_hierarchical(current.num_logical_experts, topology):
             topology = Topology(topology.num_ranks)
         rows = start.copy()
-        balance = self._repair(load, start, rows, topology, is_new=False)
-        missed = np.flatnonzero(balance < self._target)
+        is_good, balance = self._repair(load, start, rows, topology, is_new=False)
+        missed = np.flatnonzero(~is_good)
         if len(missed):
             others = self._replan(load[missed], start[missed], current, topology)
-            other_balance = self._repair(load[missed], start[missed], others, topology, is_new=True)
+            _, other_balance = self._repair(load[missed], start[missed], others, topology, is_new=True)
             better = other_balance > balance[missed]
             rows[missed[better]] = others[better]
         return Placement(rows, current.num_logical_experts, current.num_ranks)
 
     def _repair(
         self, load: Float64Array, start: Int64Array, rows: Int64Array, topology: Topology, *, is_new: bool
-    ) -> Float64Array:
+    ) -> tuple[BoolArray, Float64Array]:
         from eplb_fsm.placement.kernels.repair import repair_layers  # here: only who plans needs a compiler
 
         ranks_per_node = topology.num_ranks // topology.num_nodes

@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
+from eplb_fsm.config import DEFAULT_TARGET_BALANCEDNESS
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.placement.policies.deepseek import DeepseekPolicy
-from eplb_fsm.placement.policies.movement_aware import DEFAULT_TARGET, MovementAwarePolicy
+from eplb_fsm.placement.policies.movement_aware import MovementAwarePolicy
 from eplb_fsm.placement.policies.protocol import RebalancePolicy
 
 ENTRY_POINT_GROUP = "eplb_fsm.policies"
@@ -46,7 +47,7 @@ def register_policy(policy: RebalancePolicy | PolicyFactory, name: str | None = 
         _factories[chosen] = _constant(policy)
 
 
-def get_policy(name: str, target_balancedness: float = DEFAULT_TARGET) -> RebalancePolicy:
+def get_policy(name: str, target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS) -> RebalancePolicy:
     """The policy of that name, or at ``package.module:attribute``; what a factory makes is made anew by each call.
 
     Args:

@@ -17,9 +17,10 @@ import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from eplb_fsm.engines.reference.machine import describe_machine
@@ -36,23 +37,23 @@ TARGETS = (0.95, 0.99)
 REFERENCE = "deepseek_global"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
     """What one planner did in one case: a value for each plan it made."""
 
     case: str
     planner: str
-    now: list[float]
+    now: list[float] = field(default_factory=list)
     """Mean balancedness over the layers, of the window that was planned for."""
-    worst: list[float]
+    worst: list[float] = field(default_factory=list)
     """That of the worst layer."""
-    ahead: list[float]
+    ahead: list[float] = field(default_factory=list)
     """Mean balancedness of the next window."""
-    moves: list[int]
+    moves: list[int] = field(default_factory=list)
     """Experts that had to come from another rank."""
-    duplicates: int
+    duplicates: int = 0
     """Slots of the last placement whose expert has another slot on the same rank."""
-    ms: list[float]
+    ms: list[float] = field(default_factory=list)
 
 
 def run_case(case: Case, planners: Mapping[str, Planner]) -> list[Result]:
@@ -60,7 +61,7 @@ def run_case(case: Case, planners: Mapping[str, Planner]) -> list[Result]:
     size = case.size
     first = Placement.initial(size.num_moe_layers, size.num_logical, size.num_physical, size.num_ranks)
     start = own(REFERENCE, 1.0)(case.windows[0], first)
-    results = {name: Result(case.name, name, [], [], [], [], 0, []) for name in planners}
+    results = {name: Result(case.name, name) for name in planners}
     current = dict.fromkeys(planners, start)
     for load, coming in zip(case.windows[1:-1], case.windows[2:], strict=True):
         for name, plan in planners.items():
@@ -73,8 +74,9 @@ def run_case(case: Case, planners: Mapping[str, Planner]) -> list[Result]:
             result.worst.append(float(layers.min()))
             result.ahead.append(float(balancedness(coming, planned).mean()))
             result.moves.append(num_peer_moves(current[name], planned))
+            result.duplicates = num_duplicates(planned)
             current[name] = planned
-    return [Result(**{**asdict(results[name]), "duplicates": num_duplicates(current[name])}) for name in planners]
+    return list(results.values())
 
 
 def num_duplicates(placement: Placement) -> int:
@@ -143,21 +145,18 @@ def main() -> None:
     torch.set_num_threads(1)
     planners = make_planners(args.peers)
     for plan in planners.values():  # compilers run before the clock does
-        plan(_WARM_UP[0], _WARM_UP[1])
+        plan(np.array([[3.0, 1.0]]), Placement.initial(1, 2, 2, 2))
     results = []
     for case in cases(args.real):
         if args.only in case.name:
             results += run_case(case, planners)
             print_case(results[-len(planners) :])
-    report = {
-        "machine": describe_machine(),
-        "is_compiled": IS_COMPILED,
-        "summary": summarize(results),
-        "comparison": [compare(results, target) for target in TARGETS],
-    }
+    rows, comparison = summarize(results), [compare(results, target) for target in TARGETS]
+    machine = {**describe_machine(), "is_compiled": IS_COMPILED}
+    report = {"machine": machine, "summary": rows, "comparison": comparison}
     print(json.dumps(report, indent=2))
     if args.write:
-        table = markdown(summarize(results), [compare(results, target) for target in TARGETS])
+        table = markdown(rows, comparison)
         text = PAGE.read_text(encoding="utf-8")
         PAGE.write_text(_TABLE.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text), encoding="utf-8")
     if args.json is not None:
@@ -196,8 +195,6 @@ def print_case(results: Sequence[Result]) -> None:
             flush=True,
         )
 
-
-_WARM_UP = (next(cases()).windows[0][:1, :2] + 1.0, Placement.initial(1, 2, 2, 2))
 
 if __name__ == "__main__":
     main()

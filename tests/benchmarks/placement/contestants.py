@@ -83,7 +83,7 @@ def _vllm(module: ModuleType) -> Planner:
     import torch
 
     def plan(load: np.ndarray, current: Placement) -> Placement:
-        result = module.DefaultEplbPolicy.rebalance_experts(
+        rows = module.DefaultEplbPolicy.rebalance_experts(
             torch.from_numpy(load),
             current.num_physical_experts,
             1,
@@ -91,7 +91,6 @@ def _vllm(module: ModuleType) -> Planner:
             current.num_ranks,
             torch.from_numpy(current.physical_to_logical_map.copy()),
         )
-        rows = result[0] if isinstance(result, tuple) else result
         return Placement(np.asarray(rows, dtype=np.int64), current.num_logical_experts, current.num_ranks)
 
     return plan

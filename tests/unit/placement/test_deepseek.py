@@ -8,7 +8,8 @@ from deepseek_oracle import place_layer
 
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.placement import Placement, Topology, get_policy
-from eplb_fsm.placement.policies.deepseek import rebalance_experts
+from eplb_fsm.placement.kernels.deepseek import place_layers
+from eplb_fsm.placement.policies.deepseek import place_layers_numpy, rebalance_experts
 
 PUBLISHED_LOAD = [
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
@@ -30,6 +31,8 @@ SIZES = [
     (64, 72, 8, 2, 4),
     (24, 32, 2, 2, 16),
 ]
+ODD_SIZES = [(8, 40, 1, 1, 4), (5, 6, 1, 1, 1), (1, 4, 1, 1, 2)]
+"""More slots than experts times ranks, one rank, one expert."""
 
 
 def test_the_published_example() -> None:
@@ -131,3 +134,38 @@ def test_more_redundant_slots_than_experts() -> None:
     """Many redundant slots for few experts still give every expert a slot."""
     rows = rebalance_experts(np.array([[5.0, 1.0, 0.0]]), 16, Topology(4))
     assert set(rows[0].tolist()) == {0, 1, 2}
+
+
+def loads(num_logical: int) -> dict[str, np.ndarray]:
+    """Loads of four layers: spread, with ties, with zeros, and as large and as small as floats get."""
+    rng = np.random.default_rng(num_logical)
+    spread = rng.lognormal(0.0, 2.0, (4, num_logical))
+    return {
+        "spread": spread,
+        "ties": rng.integers(0, 3, (4, num_logical)).astype(np.float64),
+        "equal": np.full((4, num_logical), 7.0),
+        "zeros": np.zeros((4, num_logical)),
+        "one": np.eye(4, num_logical) * 5.0,
+        "huge": spread * 1e300,
+        "tiny": spread * 1e-320,
+        "close": 1.0 + rng.integers(0, 4, (4, num_logical)) * np.finfo(np.float64).eps,
+    }
+
+
+@pytest.mark.parametrize(("logical", "physical", "groups", "nodes", "ranks"), [*SIZES, *ODD_SIZES])
+@pytest.mark.parametrize("kind", list(loads(1)))
+def test_the_kernel_equals_the_numpy_path(
+    logical: int, physical: int, groups: int, nodes: int, ranks: int, kind: str
+) -> None:
+    """Both paths give the same map to the last slot, whatever the load looks like."""
+    load = loads(logical)[kind]
+    by_kernel = place_layers(load, physical, ranks, nodes, groups)
+    assert by_kernel.tolist() == place_layers_numpy(load, physical, ranks, nodes, groups).tolist()
+
+
+def test_a_negative_zero_is_zero() -> None:
+    """A load of -0.0 gives the map of a load of 0.0."""
+    load = np.array([[3.0, 0.0, 1.0, 0.0, 0.0, 2.0]])
+    negative = np.where(load == 0.0, -0.0, load)
+    maps = [rebalance_experts(each, 8, Topology(4)).tolist() for each in (load, negative)]
+    assert maps[0] == maps[1]

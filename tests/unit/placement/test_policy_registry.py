@@ -29,6 +29,7 @@ class Still:
         return current
 
 
+BUILT_IN = ("movement_aware", "deepseek", "deepseek_hierarchical", "deepseek_global")
 NOT_A_POLICY = object()
 BROKEN_MODULE = "no_such_module_of_a_policy:Policy"
 
@@ -45,13 +46,32 @@ def entry_point(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
 
 
 def test_built_in_names() -> None:
-    """The three variants of DeepSeek's method are there, deterministic, under their own names."""
-    for name in ("deepseek", "deepseek_hierarchical", "deepseek_global"):
+    """The movement-aware policy and DeepSeek's variants are there, deterministic, under their own names."""
+    for name in BUILT_IN:
         policy = get_policy(name)
         assert isinstance(policy, RebalancePolicy)
         assert policy.name == name
         assert policy.deterministic
-    assert set(policy_names()) >= {"deepseek", "deepseek_hierarchical", "deepseek_global"}
+    assert set(policy_names()) >= set(BUILT_IN)
+
+
+class Aiming(Still):
+    """A policy that wants to know the target."""
+
+    name = "aiming"
+
+    def __init__(self, target_balancedness: float) -> None:
+        self.target = target_balancedness
+
+
+def test_a_factory_that_asks_for_the_target_gets_it() -> None:
+    """The target goes to a factory that has a parameter of that name, and to no other."""
+    register_policy(Aiming, "aiming")
+    register_policy(Still, "still_too")
+    policy = get_policy("aiming", 0.7)
+    assert isinstance(policy, Aiming)
+    assert policy.target == 0.7
+    assert isinstance(get_policy("still_too", 0.7), Still)
 
 
 def test_an_unknown_name_lists_the_known() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,24 @@ def test_both_planners_make_the_same_plan_and_leave_no_descriptor() -> None:
     assert _num_open_files() == before
     with pytest.raises(WorkError, match="it was closed"):
         planner.submit([_LOAD], [_CURRENT])
+
+
+def test_a_planner_warms_its_policy_up() -> None:
+    """Both planners call warm_up() where a policy has one, before they plan."""
+    task = _task("tests.dist.policies:NeedsWarmUp")
+    planner = ProcessPlanner(task, start_timeout_s=30, plan_timeout_s=30)
+    theirs = _plan(planner)
+    planner.close()
+    assert np.array_equal(theirs, _plan(InlinePlanner(task)))  # type: ignore[arg-type]
+
+
+def test_the_target_reaches_the_policy() -> None:
+    """With a target that the placement reaches nothing moves; with a higher one something does."""
+    skipped, moving = (
+        replace(_task("movement_aware"), target_balancedness=target).plan([_LOAD], [_CURRENT]) for target in (0.1, 0.99)
+    )
+    assert "already where the policy wants it" in _task("movement_aware").decode(skipped, (_CURRENT,)).skip_reason
+    assert _task("movement_aware").decode(moving, (_CURRENT,)).chunks
 
 
 def test_a_policy_error_is_the_plans_and_a_restart_follows_a_death(
