@@ -105,7 +105,8 @@ class RebalanceConfig:
     max_transfer_mb_s: float = 0.0
     """Most megabytes (10**6 bytes) a second that one rank sends in async mode; 0: no limit."""
     max_slowdown: float = 0.03
-    """In async mode staging pauses while the mean step is slower than before the epoch by more than this; 0: never."""
+    """In async mode staging pauses while the mean step is slower than before the epoch by more than this, and the
+    pieces of planning are a step apart; 0: never, and they are not."""
     integrity: Literal["off", "wire", "slot"] = "wire"
     """``wire``: each moved expert carries a hash. ``slot``: committed rows are also read back and compared."""
     vote_timeout_s: float = 5.0

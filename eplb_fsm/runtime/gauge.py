@@ -12,7 +12,9 @@ _NUM_RECENT = 5
 
 
 class StepGauge:
-    """Mean step times at the resolution of rounds; slows the worker when the loop is slower than before an epoch.
+    """Mean step times at the resolution of rounds.
+
+    They spread the pieces of planning over steps, and slow staging when the loop is slower than before an epoch.
 
     Args:
         pace: The worker's pace.
@@ -35,6 +37,7 @@ class StepGauge:
         if not is_transferring:
             self._baseline.append(step_s)
             self._recent.clear()
+            self._pace.set_breath(median(self._baseline))
             return
         self._recent.append(step_s)
         if len(self._baseline) < 2 or len(self._recent) < _NUM_RECENT:

@@ -90,11 +90,13 @@ class Jobs:
         total = torch.cat([snapshot.reshape(-1).to("cpu", torch.int64) for snapshot in snapshots])
         yield self.transport.all_reduce_sum(total)
         self.mailbox.put(LoadCollected(epoch))
+        yield self.pace.breathe()
         loads = self._split(total.numpy(), current)
         if self.config.plan_source == "every_rank":
             encoded = yield from self._compute(loads, current)
         else:
             encoded = yield from self._receive_plan(loads, current)
+        yield self.pace.breathe()
         self.mailbox.put(PlanReady(epoch, self.task.decode(encoded, current)))
 
     @staticmethod
@@ -125,6 +127,7 @@ class Jobs:
                 failure = error
             except Exception as error:  # whatever it is, the others are waiting for a plan or a failure
                 failure = WorkError(AbortReason.POLICY_ERROR, f"{type(error).__name__}: {error}")
+            yield self.pace.breathe()
         length = torch.tensor([-1 if failure else encoded.size], dtype=torch.int64)
         yield self.transport.broadcast(length, _PLANNING_RANK)
         if failure:

@@ -264,9 +264,9 @@ class CooperativeWorker:
 
 
 class Pace:
-    """Slows the worker's sends: a token bucket, and a pause while the decode loop is slower than before.
+    """Slows the worker: sends by a token bucket, and by a pause while the decode loop is slower than before.
 
-    The decode thread writes one float and says when to close, the worker reads it; nothing else is shared.
+    The decode thread writes two floats and says when to close, the worker reads them; nothing else is shared.
 
     Args:
         max_mb_s: Most megabytes (10**6 bytes) a second, 0 for no limit.
@@ -281,6 +281,7 @@ class Pace:
         self._bytes_per_s = max_mb_s * 1e6
         self._free_at = 0.0
         self._pause_s = 0.0
+        self._breath_s = 0.0
         self._closing = threading.Event()
 
     def close(self) -> None:
@@ -294,6 +295,14 @@ class Pace:
     def speed_up(self) -> None:
         """Halve the pause; decode thread."""
         self._pause_s = self._pause_s / 2 if self._pause_s > 0.001 else 0.0
+
+    def set_breath(self, step_s: float) -> None:
+        """Say how long a step of the decode loop takes; decode thread."""
+        self._breath_s = step_s
+
+    def breathe(self) -> Pending:
+        """Return what to wait for between two pieces of a job, so that no one step pays for both; worker thread."""
+        return _Delay(self._clock() + self._breath_s, self._clock, self._closing)
 
     def wait_for(self, num_bytes: int) -> Pending:
         """Return what to wait for before sending ``num_bytes``; worker thread."""

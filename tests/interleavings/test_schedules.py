@@ -133,3 +133,12 @@ def test_a_freeze_ends_the_epoch_and_holds(seed: int) -> None:
     assert {rank.parts.runner.live_digest for rank in run.ranks} == digests
     run.ranks[seed % 3].fsm.request_unfreeze()
     run.check_recovers()
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_planning_breathes(is_held: bool) -> None:
+    """Between the pieces of planning the worker waits as long as a step takes, here for ever or not at all."""
+    run = Recorded(2, options=config(max_slowdown=0.0))
+    run.ranks[0].parts.runner._jobs.pace.set_breath(1e9 if is_held else 0.0)
+    run.cluster.run_until(lambda: bool(run.outcomes()), 50_000)
+    assert any(event.action == "PlanReady" for event in run.events) != is_held

@@ -10,6 +10,7 @@ import pytest
 
 from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.errors import PlanError
+from eplb_fsm.runtime.gauge import StepGauge
 from eplb_fsm.runtime.pending import Done, Pending
 from eplb_fsm.runtime.staging import IntegrityError
 from eplb_fsm.runtime.worker import InlineWorker, Job, JobDone, Mailbox, Pace, ThreadWorker, WorkError, WorkFailed
@@ -83,6 +84,24 @@ def test_close_ends_the_wait_of_a_paced_transfer() -> None:
     thread.join(10)
     assert not thread.is_alive()
     assert pace.wait_for(1000).poll()
+
+
+def test_pieces_of_a_job_are_a_step_apart() -> None:
+    """A breath is as long as a step was while nothing was transferred; else it is nothing."""
+    now = [0.0]
+    for max_slowdown, breath_s in ((0.03, 0.01), (0.0, 0.0)):
+        pace = Pace(0, lambda: now[0])
+        assert pace.breathe().poll()
+        gauge = StepGauge(pace, max_slowdown)
+        for step_idx in range(0, 40, 10):
+            gauge.note(step_idx, step_idx * 0.01, is_transferring=False)
+        gauge.note(50, 100.0, is_transferring=True)
+        breath = pace.breathe()
+        assert breath.poll() == (breath_s == 0.0)
+        now[0] += breath_s * 0.99
+        assert breath.poll() == (breath_s == 0.0)
+        now[0] += breath_s * 0.02
+        assert breath.poll()
 
 
 def test_the_pause_doubles_to_a_bound_and_halves_to_nothing() -> None:
