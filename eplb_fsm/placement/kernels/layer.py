@@ -100,6 +100,12 @@ def sum_loads(layer: Layer) -> None:
 
 
 @compiled
+def heaviest_of(layer: Layer) -> float:
+    """Load of the heaviest rank."""
+    return float(layer.load_of.max())
+
+
+@compiled
 def look_ahead(layer: Layer, limit: float) -> None:
     """Fill the prospect of every expert.
 

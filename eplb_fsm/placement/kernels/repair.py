@@ -29,6 +29,7 @@ from eplb_fsm.placement.kernels.layer import (
     SINK_GAIN,
     SINKS,
     Layer,
+    heaviest_of,
     look_ahead,
     make_layer,
     may_get,
@@ -115,12 +116,12 @@ def relieve(layer: Layer, limit: float, max_changes: int) -> float:
     Returns:
         Load of the heaviest rank of that row.
     """
-    lightest, row = _heaviest(layer), layer.expert_at.copy()
+    lightest, row = heaviest_of(layer), layer.expert_at.copy()
     if lightest <= _with_rounding(limit):
         return lightest
     _replicate_the_hottest(layer, limit)
     for _ in range(max_changes):
-        heaviest = _heaviest(layer)
+        heaviest = heaviest_of(layer)
         if heaviest < lightest:
             lightest = heaviest
             row[:] = layer.expert_at
@@ -132,11 +133,6 @@ def relieve(layer: Layer, limit: float, max_changes: int) -> float:
         _apply(layer, best)
     layer.expert_at[:] = row
     return lightest
-
-
-@compiled
-def _heaviest(layer: Layer) -> float:
-    return float(layer.load_of.max())
 
 
 @compiled
@@ -301,7 +297,7 @@ def spread(layer: Layer) -> None:
         rank, expert = layer.rank_of[slot], layer.expert_at[slot]
         if expert < 0 or layer.num_on[expert, rank] < 2:
             continue
-        best, lightest = -1, _heaviest(layer) * (1.0 + _ROUNDING)
+        best, lightest = -1, heaviest_of(layer) * (1.0 + _ROUNDING)
         for other_slot in range(len(layer.expert_at)):
             other_rank, other = layer.rank_of[other_slot], layer.expert_at[other_slot]
             if other < 0 or not may_get(layer, expert, other_rank) or not may_get(layer, other, rank):

@@ -11,6 +11,7 @@ from eplb_fsm.errors import ConfigError
 from eplb_fsm.placement.policies.deepseek import DeepseekPolicy
 from eplb_fsm.placement.policies.movement_aware import MovementAwarePolicy
 from eplb_fsm.placement.policies.protocol import RebalancePolicy
+from eplb_fsm.placement.policies.refined import RefinedPolicy
 
 ENTRY_POINT_GROUP = "eplb_fsm.policies"
 PolicyFactory = Callable[..., RebalancePolicy]
@@ -21,6 +22,7 @@ _factories: dict[str, PolicyFactory] = {
     "deepseek": lambda: DeepseekPolicy("auto"),
     "deepseek_hierarchical": lambda: DeepseekPolicy("hierarchical"),
     "deepseek_global": lambda: DeepseekPolicy("global"),
+    "deepseek_refined": RefinedPolicy,
 }
 
 
