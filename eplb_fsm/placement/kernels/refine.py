@@ -20,9 +20,9 @@ from eplb_fsm.placement.validate import Float64Array
 _MULTIPLIER, _MODULUS = 48271, (1 << 31) - 1
 _PRECISION = 5e-4
 """The search for a lighter heaviest rank ends when what may be left to win is less than this share of the mean."""
-_FIRST_THRESHOLD = 0.2
-"""Threshold at the start of the search for one limit, as a share of the mean load of a rank."""
-_LEAST_TRIES, _TRIES_PER_SLOT = 20_000, 100
+_FIRST_THRESHOLD = 0.5
+"""Threshold at the start of the search for one limit, as a share of the mean load of a slot."""
+_LEAST_TRIES, _TRIES_PER_SLOT = 20_000, 200
 """Changes tried for each limit: with 20,000, small layers come within 1 % of the optimum."""
 
 
@@ -87,7 +87,7 @@ def _search(layer: Layer, limit: float, mean: float, num_tries: int, state: int)
             excess = _excess(layer, limit)
             if excess <= 0.0:
                 break
-        threshold = _FIRST_THRESHOLD * mean * (1.0 - index / num_tries)
+        threshold = _FIRST_THRESHOLD * mean / num_local * (1.0 - index / num_tries)
         state, rank = _draw(state, num_ranks)
         for _ in range(num_ranks):
             if layer.load_of[rank] > limit:

@@ -68,7 +68,7 @@ def test_the_same_everywhere() -> None:
     rng = np.random.default_rng(11)
     load = np.round(rng.lognormal(0.0, 1.2, (2, 12)) * 1000)
     planned = RefinedPolicy().plan(load, Placement.initial(2, 12, 16, 4), Topology(4))
-    assert f"{planned.digest & (1 << 64) - 1:016x}" == "d952e93302e412b8"
+    assert f"{planned.digest & (1 << 64) - 1:016x}" == "a8fd40764bce71a1"
 
 
 def test_names_the_ranks_so_that_little_moves() -> None:
