@@ -1,4 +1,4 @@
-"""The command line: `eplb-fsm demo`, `decode`, `spec`, `trace` and `simulate`.
+"""The command line: `eplb-fsm demo`, `decode`, `plan`, `compare`, `spec`, `trace` and `simulate`.
 
 Exit status: 0 all went as promised; 1 a promise was broken (runs differ, an epoch failed, nothing was committed, a
 rank was lost); 2 wrong usage or a configuration that cannot work; 130 interrupted.
@@ -21,6 +21,7 @@ from eplb_fsm.config import ENV_PREFIX, RebalanceConfig
 from eplb_fsm.errors import ConfigError, EplbError
 from eplb_fsm.modelcheck.command import add_spec_command, run_spec
 from eplb_fsm.modelcheck.trace_command import add_trace_command, run_trace
+from eplb_fsm.offline.arguments import add_compare_arguments, add_plan_arguments
 from eplb_fsm.simulate.arguments import add_arguments as add_simulate_arguments
 
 if TYPE_CHECKING:
@@ -81,6 +82,21 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--enable-eplb", action="store_true", help="rebalance")
     group.add_argument(
         "--enable-eplb-rebalance-async", action="store_true", help="rebalance in the background; without it: sync"
+    )
+    add_plan_arguments(
+        commands.add_parser(
+            "plan",
+            help="make a placement file from recorded loads",
+            description="Make a placement from recorded loads, and say what it changes and gains.",
+        )
+    )
+    add_compare_arguments(
+        commands.add_parser(
+            "compare",
+            help="run all policies on recorded loads",
+            description="Have policies plan for one recorded window after the other, each from its own placement, and "
+            "show how balanced this and the next window are, what moves, and how long a plan takes.",
+        )
     )
     add_spec_command(commands, _Parser)
     add_trace_command(commands, _Parser)
@@ -182,10 +198,11 @@ def _domains(text: str) -> tuple[str, str]:
 
 def _check_files(args: argparse.Namespace) -> None:
     """Find out before a minute of work that its result could not be written."""
+    trace = getattr(args, "trace", None)
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise ConfigError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
-    if args.trace is not None and args.trace.exists() and not args.trace.is_dir():
-        raise ConfigError(f"--trace {args.trace} is a file: name a folder")
+    if trace is not None and trace.exists() and not trace.is_dir():
+        raise ConfigError(f"--trace {trace} is a file: name a folder")
 
 
 # -- commands -----------------------------------------------------------------------------------------------
@@ -292,6 +309,16 @@ def _simulate(args: argparse.Namespace) -> int:
     return status
 
 
+def _offline(args: argparse.Namespace) -> int:
+    from eplb_fsm.offline.compare_command import run_compare
+    from eplb_fsm.offline.plan_command import run_plan
+
+    figures, text = (run_plan if args.command == "plan" else run_compare)(args)
+    _write_json(args.json, figures)
+    print(text)
+    return OK
+
+
 class Failure(NamedTuple):
     """How a command ended that did not come to its end."""
 
@@ -308,6 +335,8 @@ def _run(args: argparse.Namespace, tamper: Tamper | None) -> int | Failure:
         _check_files(args)
         if args.command == "simulate":
             return _simulate(args)
+        if args.command in ("plan", "compare"):
+            return _offline(args)
         return _demo(args, tamper) if args.command == "demo" else _decode(args)
     except KeyboardInterrupt:
         return Failure(INTERRUPTED, "interrupted; all processes are ended")

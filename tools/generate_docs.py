@@ -124,6 +124,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "embedding": embedding,
     "cli-demo": lambda: command("demo"),
     "cli-decode": lambda: command("decode"),
+    "cli-plan": lambda: command("plan"),
+    "cli-compare": lambda: command("compare"),
     "exit-status": exit_status,
     "states": lambda: members(State),
     "options": options,

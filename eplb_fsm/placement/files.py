@@ -1,4 +1,4 @@
-"""Placement files: a versioned, digested record in JSON or NPZ, written atomically."""
+"""Placement files: a versioned, digested record in JSON or NPZ, or SGLang's bare map, written atomically."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from eplb_fsm.placement.placement import Placement
 
 FORMAT = "eplb_fsm.placement"
 VERSION = 1
+_MAP = "physical_to_logical_map"
 _SIZES = ("num_moe_layers", "num_physical_experts", "num_logical_experts", "num_ranks")
 
 
@@ -31,18 +32,24 @@ def save_placement(placement: Placement, path: Path) -> None:
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     record.update(zip(_SIZES, placement.shape, strict=True))
     record["digest"] = f"{placement.digest & (1 << 64) - 1:016x}"
-    try:
-        _write_atomically(path, encode(record, placement))
-    except OSError as error:
-        raise PlacementError(f"cannot write placement file {path}: {error}; check folder and rights") from error
+    _write(path, encode(record, placement))
+
+
+def save_bare_map(placement: Placement, path: Path) -> None:
+    """Write the JSON that SGLang's ``--init-expert-location`` takes: the map and nothing else, which SGLang insists on.
+
+    Raises:
+        PlacementError: the file cannot be written.
+    """
+    _write(path, json.dumps({_MAP: placement.physical_to_logical_map.tolist()}).encode())
 
 
 def load_placement(path: Path, like: Placement | None = None) -> Placement:
     """Read and verify a placement file.
 
     Args:
-        path: A `.json` or `.npz` file written by :func:`save_placement`.
-        like: If given, the shape that the file must have.
+        path: A `.json` or `.npz` file written by :func:`save_placement`, or one of :func:`save_bare_map`.
+        like: If given, the shape that the file must have; a bare map needs it, since it does not say its sizes.
 
     Raises:
         PlacementError: saying what is wrong with the file and what to change.
@@ -58,13 +65,26 @@ def load_placement(path: Path, like: Placement | None = None) -> Placement:
         raise PlacementError(
             f"placement file {path} is truncated or not a {path.suffix} placement ({error}); save it again"
         ) from error
-    placement = _verified(record, path)
+    placement = _bare(record, path, like) if _is_bare(record) else _verified(record, path)
     if like is not None and placement.shape != like.shape:
         raise PlacementError(
             f"placement file {path} has (layers, physical, logical, ranks) = {placement.shape}, the model "
             f"needs {like.shape}; make a placement for this model, num_redundant_experts and number of ranks"
         )
     return placement
+
+
+def _is_bare(record: object) -> bool:
+    return isinstance(record, dict) and set(record) == {_MAP}
+
+
+def _bare(record: Any, path: Path, like: Placement | None) -> Placement:
+    if like is None:
+        raise PlacementError(f"placement file {path} is a bare map and says no sizes; load it for a model")
+    try:
+        return Placement(record[_MAP], like.num_logical_experts, like.num_ranks)
+    except PlacementError as error:
+        raise PlacementError(f"placement file {path}: {error}") from error
 
 
 def _verified(record: object, path: Path) -> Placement:
@@ -75,14 +95,14 @@ def _verified(record: object, path: Path) -> Placement:
             f"placement file {path} has version {record.get('version')!r}, this library reads {VERSION}; "
             "save it again with this library"
         )
-    missing = [name for name in (*_SIZES, "digest", "physical_to_logical_map") if name not in record]
+    missing = [name for name in (*_SIZES, "digest", _MAP) if name not in record]
     if missing:
         raise PlacementError(f"placement file {path} lacks {', '.join(missing)}; save it again")
     sizes = [record[name] for name in _SIZES]
     if not all(type(size) is int for size in sizes):
         raise PlacementError(f"placement file {path}: {', '.join(_SIZES)} must be integers, not {sizes}")
     try:
-        placement = Placement(record["physical_to_logical_map"], sizes[2], sizes[3])
+        placement = Placement(record[_MAP], sizes[2], sizes[3])
     except PlacementError as error:
         raise PlacementError(f"placement file {path}: {error}") from error
     if placement.shape != tuple(sizes):
@@ -98,7 +118,7 @@ def _verified(record: object, path: Path) -> Placement:
 
 
 def _json_bytes(record: dict[str, Any], placement: Placement) -> bytes:
-    record = {**record, "physical_to_logical_map": placement.physical_to_logical_map.tolist()}
+    record = {**record, _MAP: placement.physical_to_logical_map.tolist()}
     return json.dumps(record).encode()
 
 
@@ -107,7 +127,7 @@ def _npz_bytes(record: dict[str, Any], placement: Placement) -> bytes:
     np.savez_compressed(
         buffer,
         header=np.frombuffer(json.dumps(record).encode(), dtype=np.uint8),
-        physical_to_logical_map=placement.physical_to_logical_map,
+        physical_to_logical_map=placement.physical_to_logical_map,  # _MAP, but mypy knows no such keyword
     )
     return buffer.getvalue()
 
@@ -115,7 +135,7 @@ def _npz_bytes(record: dict[str, Any], placement: Placement) -> bytes:
 def _npz_record(content: bytes) -> object:
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
         record = json.loads(archive["header"].tobytes())
-        record["physical_to_logical_map"] = archive["physical_to_logical_map"]
+        record[_MAP] = archive[_MAP]
     return record
 
 
@@ -132,6 +152,13 @@ def _codec(path: Path) -> tuple[_Encode, _Decode]:
         return _CODECS[path.suffix]
     except KeyError:
         raise PlacementError(f"placement file {path} must end in {' or '.join(_CODECS)}") from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        _write_atomically(path, content)
+    except OSError as error:
+        raise PlacementError(f"cannot write placement file {path}: {error}; check folder and rights") from error
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from eplb_fsm.engines.demo.options import RUNS
 from eplb_fsm.engines.reference.figures import OUTCOMES
+from eplb_fsm.observe.table import render
 
 Figures = dict[str, Any]
 
@@ -53,17 +54,6 @@ CHANGE_ROWS: tuple[tuple[str, Cell], ...] = (
     ("steps, change to balanced again", lambda run: _steps(run["steps_to_balance"])),
     ("steps, change to last commit", lambda run: _steps(run["steps_to_last_commit"])),
 )
-
-
-def render(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as aligned text: a head, a rule, the first column left and the others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return "\n".join(lines)
 
 
 def demo_table(report: dict[str, Any]) -> str:

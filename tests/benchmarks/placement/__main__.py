@@ -15,20 +15,18 @@ import argparse
 import json
 import re
 import statistics
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from eplb_fsm.engines.reference.machine import describe_machine
+from eplb_fsm.offline.comparison import Planner, Result, run_windows, summarize
 from eplb_fsm.placement import Placement
-from eplb_fsm.placement.balancedness import balancedness
 from eplb_fsm.placement.kernels.compiled import IS_COMPILED
-from eplb_fsm.placement.moves import num_peer_moves
-from tests.benchmarks.placement.contestants import Planner, greedy_swap, no_move, own, peers
+from tests.benchmarks.placement.contestants import greedy_swap, no_move, own, peers
 from tests.benchmarks.placement.loads import Case, cases
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/explanation/placement.md"
@@ -37,52 +35,12 @@ TARGETS = (0.95, 0.99)
 REFERENCE = "deepseek_global"
 
 
-@dataclass
-class Result:
-    """What one planner did in one case: a value for each plan it made."""
-
-    case: str
-    planner: str
-    now: list[float] = field(default_factory=list)
-    """Mean balancedness over the layers, of the window that was planned for."""
-    worst: list[float] = field(default_factory=list)
-    """That of the worst layer."""
-    ahead: list[float] = field(default_factory=list)
-    """Mean balancedness of the next window."""
-    moves: list[int] = field(default_factory=list)
-    """Experts that had to come from another rank."""
-    duplicates: int = 0
-    """Slots of the last placement whose expert has another slot on the same rank."""
-    ms: list[float] = field(default_factory=list)
-
-
 def run_case(case: Case, planners: Mapping[str, Planner]) -> list[Result]:
-    """Run all planners on one case, interleaved: each window goes to every planner before the next one."""
+    """Run all planners on one case; they start from the reference's placement for the first window."""
     size = case.size
     first = Placement.initial(size.num_moe_layers, size.num_logical, size.num_physical, size.num_ranks)
     start = own(REFERENCE, 1.0)(case.windows[0], first)
-    results = {name: Result(case.name, name) for name in planners}
-    current = dict.fromkeys(planners, start)
-    for load, coming in zip(case.windows[1:-1], case.windows[2:], strict=True):
-        for name, plan in planners.items():
-            started = time.perf_counter()
-            planned = plan(load, current[name])
-            result = results[name]
-            result.ms.append((time.perf_counter() - started) * 1e3)
-            layers = balancedness(load, planned)
-            result.now.append(float(layers.mean()))
-            result.worst.append(float(layers.min()))
-            result.ahead.append(float(balancedness(coming, planned).mean()))
-            result.moves.append(num_peer_moves(current[name], planned))
-            result.duplicates = num_duplicates(planned)
-            current[name] = planned
-    return list(results.values())
-
-
-def num_duplicates(placement: Placement) -> int:
-    """Slots whose expert has another slot on the same rank."""
-    ranks = placement.physical_to_logical_map.reshape(-1, placement.num_local_physical_experts)
-    return sum(len(rank) - len(set(rank)) for rank in ranks.tolist())
+    return run_windows(case.name, case.windows[1:-1], case.windows[-1], planners, start)
 
 
 def make_planners(site_packages: Path | None) -> dict[str, Planner]:
@@ -94,23 +52,6 @@ def make_planners(site_packages: Path | None) -> dict[str, Planner]:
         **{f"movement_aware {target}": own("movement_aware", target) for target in TARGETS},
         **peers(site_packages),
     }
-
-
-def summarize(results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """One row for each planner, over all cases."""
-    rows = {}
-    for name in dict.fromkeys(result.planner for result in results):
-        mine = [result for result in results if result.planner == name]
-        rows[name] = {
-            "balance_now": statistics.fmean(value for result in mine for value in result.now),
-            "balance_next": statistics.fmean(value for result in mine for value in result.ahead),
-            "worst_layer": min(value for result in mine for value in result.worst),
-            "moves": sum(sum(result.moves) for result in mine),
-            "ms_median": statistics.median(value for result in mine for value in result.ms),
-            "ms_max": max(value for result in mine for value in result.ms),
-            "duplicates": sum(result.duplicates for result in mine),
-        }
-    return rows
 
 
 def compare(results: Sequence[Result], target: float) -> dict[str, float]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
+from eplb_fsm.offline.comparison import Planner
 from eplb_fsm.placement import Placement, Topology, get_policy
 from eplb_fsm.placement.balancedness import rank_loads
-
-Planner = Callable[[np.ndarray, Placement], Placement]
 
 
 def own(name: str, target: float) -> Planner:

@@ -12,12 +12,12 @@ import pytest
 from fewest_moves import fewest_moves
 
 from eplb_fsm.errors import ConfigError
+from eplb_fsm.offline.comparison import num_duplicates
 from eplb_fsm.placement import Placement, Topology, get_policy
 from eplb_fsm.placement.balancedness import balancedness
 from eplb_fsm.placement.kernels.compiled import compiled
 from eplb_fsm.placement.moves import num_peer_moves
 from eplb_fsm.placement.policies import MovementAwarePolicy
-from tests.benchmarks.placement.__main__ import num_duplicates
 
 NUM_LAYERS, NUM_LOGICAL, NUM_PHYSICAL, NUM_RANKS = 6, 64, 80, 8
 

@@ -157,3 +157,16 @@ def test_the_content_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatc
     monkeypatch.setattr(files.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b))[1])
     PLACEMENT.save(tmp_path / "placement.json")
     assert calls[:2] == ["fsync", "replace"]
+
+
+def test_a_bare_map_needs_a_model(tmp_path: Path) -> None:
+    """SGLang's JSON says no sizes: they come from the model, and the map must fit it."""
+    placement = Placement.initial(2, 4, 6, 2)
+    files.save_bare_map(placement, tmp_path / "bare.json")
+    assert Placement.load(tmp_path / "bare.json", like=placement) == placement
+    with pytest.raises(PlacementError, match="says no sizes"):
+        Placement.load(tmp_path / "bare.json")
+    with pytest.raises(PlacementError, match="holds expert 3"):
+        Placement.load(tmp_path / "bare.json", like=Placement.initial(2, 3, 6, 2))
+    with pytest.raises(PlacementError, match="the model needs"):
+        Placement.load(tmp_path / "bare.json", like=Placement.initial(1, 4, 6, 2))

@@ -8,18 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eplb_fsm.offline.comparison import num_duplicates
 from eplb_fsm.placement import Placement, Topology, get_policy
 from eplb_fsm.placement.balancedness import balancedness, rank_loads
 from eplb_fsm.placement.moves import num_peer_moves
 from eplb_fsm.placement.policies import RefinedPolicy
 
 INSTANCES = json.loads(Path(__file__).with_name("optima.json").read_text(encoding="utf-8"))
-
-
-def num_duplicates(placement: Placement) -> int:
-    """Slots whose expert has another slot on the same rank."""
-    ranks = placement.physical_to_logical_map.reshape(-1, placement.num_local_physical_experts)
-    return sum(len(rank) - len(set(rank)) for rank in ranks.tolist())
 
 
 def test_the_published_example_of_flashlb() -> None:

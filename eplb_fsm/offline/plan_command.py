@@ -1,0 +1,88 @@
+"""`eplb-fsm plan`: from recorded loads to a placement file."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from eplb_fsm.errors import ConfigError
+from eplb_fsm.observe.table import render
+from eplb_fsm.offline.problem import Problem, read_problem
+from eplb_fsm.placement.balancedness import FORMULAS, balancedness, balancedness_summary
+from eplb_fsm.placement.files import save_bare_map, save_placement
+from eplb_fsm.placement.moves import num_peer_moves
+from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.policies import get_policy
+from eplb_fsm.placement.validate import Float64Array
+
+_SUFFIXES = (".json", ".npz")
+
+
+def run_plan(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Plan for the sum of all recorded windows and write the placement; blocks, for seconds with large models.
+
+    Args:
+        args: Of :func:`~eplb_fsm.offline.arguments.add_plan_arguments`.
+
+    Returns:
+        All figures, and the text to print.
+
+    Raises:
+        EplbError: Input that cannot be; nothing was written.
+    """
+    if args.output.suffix not in _SUFFIXES:
+        raise ConfigError(f"--output {args.output}: must end in {' or '.join(_SUFFIXES)}")
+    problem = read_problem(args)
+    policy = get_policy(args.eplb_algorithm, problem.target_balancedness)
+    load = problem.windows.sum(axis=0)
+    planned = policy.plan(load, problem.start, problem.topology)
+    save = save_bare_map if args.output.suffix == ".json" else save_placement
+    save(planned, args.output)
+    figures = _figures(problem, load, planned, args)
+    return figures, _text(figures, args)
+
+
+def _figures(problem: Problem, load: Float64Array, planned: Placement, args: argparse.Namespace) -> dict[str, Any]:
+    balance = {
+        name: {formula: balancedness_summary(load, placement, formula) for formula in FORMULAS}
+        for name, placement in (("before", problem.start), ("after", planned))
+    }
+    layers = balancedness(load, planned)
+    moves = num_peer_moves(problem.start, planned)
+    return {
+        "policy": args.eplb_algorithm,
+        "windows": len(problem.windows),
+        "layers": planned.num_moe_layers,
+        "logical_experts": planned.num_logical_experts,
+        "physical_experts": planned.num_physical_experts,
+        "ranks": planned.num_ranks,
+        "balancedness": balance,
+        "worst_layer": int(layers.argmin()),
+        "layers_without_load": int((~load.any(axis=1)).sum()),
+        "peer_moves": moves,
+        "moved_bytes": None if args.expert_bytes is None else moves * args.expert_bytes,
+        "output": str(args.output),
+    }
+
+
+def _text(figures: dict[str, Any], args: argparse.Namespace) -> str:
+    balance = figures["balancedness"]
+    before = "before" if args.init_expert_location else "before (trivial)"
+    rows = [["balancedness", before, "after"]]
+    names = {"mean": "mean of the layers", "min": "worst layer", "vllm": "vLLM's formula", "sglang": "SGLang's formula"}
+    for formula in FORMULAS:
+        rows.append([names[formula], *(f"{balance[when][formula]:.4f}" for when in ("before", "after"))])
+    size = "" if figures["moved_bytes"] is None else f", {figures['moved_bytes'] / 1e9:.1f} GB"
+    slots = figures["layers"] * figures["physical_experts"]
+    idle = figures["layers_without_load"]
+    lines = [
+        f"{figures['layers']} layers, {figures['logical_experts']} experts in {figures['physical_experts']} slots on "
+        f"{figures['ranks']} ranks; {figures['windows']} recorded windows; policy {figures['policy']}",
+        "",
+        render(rows),
+        "",
+        f"experts that come from another rank: {figures['peer_moves']} of {slots} slots{size}",
+        *([f"layers without any load, left as they were: {idle}"] if idle else []),
+        f"written: {figures['output']}",
+    ]
+    return "\n".join(lines)
