@@ -37,6 +37,7 @@ _AT_LEAST: dict[str, float] = {
     "commit_bytes": 1,
     "staging_buffers": 1,
     "max_transfer_mb_s": 0,
+    "max_epoch_bytes": 0,
     "max_slowdown": 0,
     "min_gain": 0,
     "target_balancedness": 0.01,
@@ -104,6 +105,9 @@ class RebalanceConfig:
     """Chunks that may be staged at a time; each costs ``commit_bytes`` to receive and as much to send."""
     max_transfer_mb_s: float = 0.0
     """Most megabytes (10**6 bytes) a second that one rank sends in async mode; 0: no limit."""
+    max_epoch_bytes: int = 0
+    """Most bytes of weights that come from other ranks in one epoch, all ranks together; 0: no limit. The layers that
+    gain most for each byte go first, the others wait for the next epoch."""
     max_slowdown: float = 0.03
     """In async mode staging pauses while the mean step is slower than before the epoch by more than this, and the
     pieces of planning are a step apart; 0: never, and they are not."""

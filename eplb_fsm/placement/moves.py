@@ -73,7 +73,13 @@ def num_peer_moves(current: Placement, target: Placement) -> int:
         current: The live placement.
         target: A placement of the same shape.
     """
-    return int((_held(target) & ~_held(current)).sum())
+    return int(peer_moves_of_layers(current, target).sum())
+
+
+def peer_moves_of_layers(current: Placement, target: Placement) -> Int64Array:
+    """Those of each layer, (layers) int64; arguments as of :func:`num_peer_moves`."""
+    new = _held(target) & ~_held(current)
+    return np.asarray(new.reshape(current.num_moe_layers, -1).sum(axis=1), dtype=np.int64)
 
 
 def _held(placement: Placement) -> BoolArray:

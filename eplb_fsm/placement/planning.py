@@ -11,6 +11,7 @@ from eplb_fsm.errors import ConfigError, LoadError, PlanError
 from eplb_fsm.placement.balancedness import balancedness
 from eplb_fsm.placement.chunks import cut_into_chunks
 from eplb_fsm.placement.digest import Int64Array
+from eplb_fsm.placement.epoch_budget import within_budget
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan, encoded, live_digest
 from eplb_fsm.placement.policies.protocol import RebalancePolicy
@@ -38,7 +39,7 @@ def make_plan(
         current: Live placement of each bank.
         topology: Ranks, nodes and expert groups.
         shapes: Sizes of each bank's experts.
-        budget: Bounds of a chunk.
+        budget: Bounds of a chunk and of the epoch.
         min_gain: Least gain of the mean balancedness over all layers that is worth moving for.
 
     Returns:
@@ -56,13 +57,18 @@ def make_plan(
     balance_now = _mean_balancedness(arrays, current)
     if reason := missing_commit_bytes(shapes, budget):
         return _planned([], reason, (balance_now, balance_now), current, shapes, budget)
-    targets = [_target(policy, *pair, topology) for pair in zip(arrays, current, strict=True)]
+    wanted = [_target(policy, *pair, topology) for pair in zip(arrays, current, strict=True)]
+    targets, num_bytes = within_budget(arrays, current, wanted, shapes, budget.epoch_bytes)
     balance = balance_now, _mean_balancedness(arrays, targets)
     if balance[1] - balance[0] < min_gain:
         reason = (
             f"{NO_GAIN}: mean balancedness {balance[0]:.4f} would become {balance[1]:.4f}, "
             f"a gain below min_gain={min_gain:g}"
         )
+        if num_bytes > budget.epoch_bytes > 0:
+            reason += (
+                f"; all that the policy wants is {num_bytes} bytes, max_epoch_bytes={budget.epoch_bytes} allows less"
+            )
         return _planned([], reason, balance, current, shapes, budget)
     chunks = [
         (bank, moves)

@@ -34,23 +34,27 @@ class BankShape:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one commit may cost.
+    """What one commit may cost, and one epoch.
 
     Attributes:
         commit_bytes: Most bytes that one rank writes in one commit, and most that it sends for it.
         staging_buffers: Chunks that may be staged at the same time.
+        epoch_bytes: Most bytes that come from other ranks in one epoch, all ranks together; 0: no limit.
 
     Raises:
-        ConfigError: a number is not positive.
+        ConfigError: a number is not positive, or `epoch_bytes` is negative.
     """
 
     commit_bytes: int
     staging_buffers: int = 2
+    epoch_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("commit_bytes", "staging_buffers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; set it to 1 or more")
+        if self.epoch_bytes < 0:
+            raise ConfigError(f"epoch_bytes is {self.epoch_bytes}; set it to 0, for no limit, or more")
 
 
 def check_banks(placements: Sequence[Placement], shapes: Sequence[BankShape]) -> None:

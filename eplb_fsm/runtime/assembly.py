@@ -35,7 +35,7 @@ def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) ->
         policy=config.policy,
         topology=Topology(domain.world_size, config.num_nodes, config.num_groups),
         shapes=shapes,
-        budget=Budget(config.commit_bytes, config.staging_buffers),
+        budget=Budget(config.commit_bytes, config.staging_buffers, config.max_epoch_bytes),
         min_gain=config.min_gain,
         target_balancedness=config.target_balancedness,
     )
