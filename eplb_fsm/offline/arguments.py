@@ -27,7 +27,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--eplb-algorithms",
         metavar="A,B",
-        help="policies (default: all built in and installed ones, but for deepseek_refined, which is slow)",
+        help="policies (default: all, but for deepseek_refined, which is slow, and deepseek_hierarchical)",
     )
     add("--window-size", type=int, default=1, metavar="N", help="recorded windows to a plan (default %(default)s)")
     add("--plot", type=Path, metavar="FILE", help="balance against moves, one point a policy (.svg, .png or .pdf)")

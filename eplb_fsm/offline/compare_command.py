@@ -21,7 +21,8 @@ from eplb_fsm.placement.validate import Float64Array
 
 _NO_MOVE = "no move"
 _START = "deepseek"
-_SLOW = "deepseek_refined"
+_NOT_BY_DEFAULT = ("deepseek_refined", "deepseek_hierarchical")
+"""One takes seconds; the other is `deepseek` where the groups divide among the nodes, else an error."""
 
 
 def run_compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -65,7 +66,7 @@ def _no_move(load: Float64Array, current: Placement) -> Placement:
 
 
 def _policies(names: str | None, problem: Problem) -> dict[str, Planner]:
-    chosen = [name for name in policy_names() if name != _SLOW] if names is None else names.split(",")
+    chosen = [name for name in policy_names() if name not in _NOT_BY_DEFAULT] if names is None else names.split(",")
     planners: dict[str, Planner] = {}
     for name in chosen:
         policy = get_policy(name.strip(), problem.target_balancedness)
