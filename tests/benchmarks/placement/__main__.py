@@ -6,7 +6,7 @@ nobody has seen.
 
     python -m tests.benchmarks.placement --json placement.json
     python -m tests.benchmarks.placement --peers DIR    # DIR: vLLM's and SGLang's wheels, unpacked
-    python -m tests.benchmarks.placement --write        # put the table into docs/explanation/placement.md
+    python -m tests.benchmarks.placement --write        # put table and picture into docs/explanation/placement.md
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ import torch
 
 from eplb_fsm.engines.reference.machine import describe_machine
 from eplb_fsm.offline.comparison import Planner, Result, run_windows, summarize
+from eplb_fsm.offline.plot import check_plot, plot_balance
 from eplb_fsm.placement import Placement
 from eplb_fsm.placement.kernels.compiled import IS_COMPILED
 from tests.benchmarks.placement.contestants import greedy_swap, no_move, own, peers
 from tests.benchmarks.placement.loads import Case, cases
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/explanation/placement.md"
+PICTURE = PAGE.parents[1] / "assets/placement.svg"
 _TABLE = re.compile(r"(<!-- measured -->\n).*?(<!-- end measured -->)", re.DOTALL)
 TARGETS = (0.95, 0.99)
 REFERENCE = "deepseek_global"
@@ -81,8 +83,10 @@ def main() -> None:
     parser.add_argument("--real", type=Path, help="file with real counts: one more case")
     parser.add_argument("--peers", type=Path, help="folder in which vLLM's and SGLang's wheels are unpacked")
     parser.add_argument("--json", type=Path, help="file for every figure")
-    parser.add_argument("--write", action="store_true", help="put the table into the page")
+    parser.add_argument("--write", action="store_true", help="put table and picture into the page")
     args = parser.parse_args()
+    if args.write:
+        check_plot(PICTURE)
     torch.set_num_threads(1)
     planners = make_planners(args.peers)
     for plan in planners.values():  # compilers run before the clock does
@@ -99,6 +103,7 @@ def main() -> None:
     if args.write:
         table = markdown(rows, comparison)
         text = PAGE.read_text(encoding="utf-8")
+        plot_balance(rows, PICTURE)
         PAGE.write_text(_TABLE.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text), encoding="utf-8")
     if args.json is not None:
         everything = {**report, "results": [asdict(result) for result in results]}
