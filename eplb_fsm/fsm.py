@@ -292,6 +292,7 @@ class RebalanceFSM:
             is_worker_alive=self._parts.runner.is_worker_alive,
             last_outcome=core.last_outcome,
             num_outcomes=dict(self._driver.num_outcomes),
+            last_gain=self._parts.runner.gains.last,
             why_stopped=self._driver.failure or (f"{reason}: {core.stop_detail}" if reason else ""),
             num_rounds=self._parts.rounds.num_read,
             num_late_rounds=self._parts.rounds.num_late,

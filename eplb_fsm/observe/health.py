@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from eplb_fsm.core.rank import Outcome
+from eplb_fsm.observe.gains import Gain
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Health:
     Attributes:
         why_stopped: Empty while rebalancing is possible; else the reason, with what to look at.
         num_outcomes: Epochs by outcome since the start.
+        last_gain: What the last committed epoch promised, and what came of it; None before the first.
         staging_bytes: Memory allocated for staging, once and for all.
         moved_bytes: Bytes of weights that this rank has written in commits; ``peer_bytes`` of them came over the wire.
         peers: The other ranks, where a watchdog runs.
@@ -44,6 +46,7 @@ class Health:
     is_worker_alive: bool
     last_outcome: Outcome | None
     num_outcomes: Mapping[str, int]
+    last_gain: Gain | None
     why_stopped: str
     num_rounds: int
     num_late_rounds: int

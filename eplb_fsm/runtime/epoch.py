@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from eplb_fsm.core.rank import PlanTerms
 from eplb_fsm.load.recorder import LoadSource
+from eplb_fsm.observe.gains import GainWatch
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan, live_digest
 from eplb_fsm.runtime.device import DeviceOps
@@ -22,6 +23,7 @@ class EpochRunner:
         placements: The live placement of each bank: what the maps say once the device has caught up.
         live_digest: Their digest.
         moved_bytes: Bytes that this rank has committed since the start; ``peer_bytes`` of them came from others.
+        gains: What committed plans promised, and what came of it.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class EpochRunner:
         self._load = load_source
         self.placements = tuple(placements)
         self.live_digest = live_digest(self.placements)
+        self.gains = GainWatch(is_telling=jobs.domain.rank == 0)
         self.plan: Plan | None = None
         self.moved_bytes = 0
         self.peer_bytes = 0
@@ -71,6 +74,7 @@ class EpochRunner:
     def accept_plan(self, plan: Plan, lag: int) -> PlanTerms:
         """Keep a plan and return what the core must know of it."""
         self.plan = plan
+        self.gains.planned(plan)
         self._num_begun = 0
         self._num_committed = 0
         self._programs.clear()
@@ -105,6 +109,8 @@ class EpochRunner:
         if self._jobs.config.integrity == "slot":
             self._submit(self._jobs.verify(self._epoch, program, self._last_commit))
         self._stage_up_to(chunk_idx)
+        if self.plan is not None and self._num_committed == len(self.plan.chunks):
+            self.gains.committed(self._epoch, self.plan)
 
     def drop(self) -> None:
         """Forget plan and staged chunks; jobs under way go on to their end, and nobody takes their results."""

@@ -142,3 +142,14 @@ def test_planning_breathes(is_held: bool) -> None:
     run.ranks[0].parts.runner._jobs.pace.set_breath(1e9 if is_held else 0.0)
     run.cluster.run_until(lambda: bool(run.outcomes()), 50_000)
     assert any(event.action == "PlanReady" for event in run.events) != is_held
+
+
+def test_health_says_what_an_epoch_gained() -> None:
+    """Every rank knows what the last committed epoch promised, and, once the next plan is made, what came of it."""
+    run = Recorded(3)
+    gains = [rank.fsm.health().last_gain for rank in run.ranks]
+    assert gains == [None] * 3
+    run.cluster.run_until(lambda: sum(kind == "COMMITTED" for kind, _ in run.outcomes()) >= 2, 100_000)
+    known = [rank.fsm.health().last_gain for rank in run.ranks]
+    assert all(gain is not None and gain.epoch >= 1 for gain in known)
+    run.cluster.run_until(lambda: all(rank.fsm.health().last_gain.measured is not None for rank in run.ranks), 100_000)

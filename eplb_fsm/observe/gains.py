@@ -1,0 +1,70 @@
+"""What epochs promised, and what came of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from eplb_fsm.placement.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+_LEAST_SHARE = 0.5
+"""A gain of which less than this share is measured has stayed away."""
+
+
+class Gain(NamedTuple):
+    """Balancedness, mean over all layers, around one committed epoch.
+
+    Attributes:
+        epoch: The epoch.
+        before: Under the load that it was planned for, with the placement that it began with.
+        predicted: Under the same load, with the placement that it made.
+        measured: With that placement, under the load of the window that the next plan was made for; None until then.
+    """
+
+    epoch: int
+    before: float
+    predicted: float
+    measured: float | None = None
+
+    @property
+    def stayed_away(self) -> bool:
+        """Whether less than half of the predicted gain was measured."""
+        if self.measured is None:
+            return False
+        return self.measured - self.before < _LEAST_SHARE * (self.predicted - self.before)
+
+
+class GainWatch:
+    """Compares each committed plan with what the next window shows; decode thread only.
+
+    Args:
+        is_telling: Whether this rank writes it to the log; all ranks know the same, so one is enough.
+
+    Attributes:
+        last: The last committed epoch's, None before the first.
+    """
+
+    def __init__(self, *, is_telling: bool) -> None:
+        self._is_telling = is_telling
+        self.last: Gain | None = None
+
+    def committed(self, epoch: int, plan: Plan) -> None:
+        """Note that all of a plan is live."""
+        self.last = Gain(epoch, plan.balancedness_before, plan.balancedness_after)
+
+    def planned(self, plan: Plan) -> None:
+        """Take from a new plan how balanced the live placement is under the window that it was made for."""
+        if self.last is None or self.last.measured is not None:
+            return
+        self.last = gain = self.last._replace(measured=plan.balancedness_before)
+        if self._is_telling:
+            logger.log(
+                logging.WARNING if gain.stayed_away else logging.INFO,
+                "epoch %d: balancedness %.3f was to become %.3f, and is %.3f in the next window%s",
+                *(gain.epoch, gain.before, gain.predicted, plan.balancedness_before),
+                "; the load changes faster than it is followed: see step_interval and window_size"
+                if gain.stayed_away
+                else "",
+            )

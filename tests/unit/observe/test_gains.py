@@ -1,0 +1,61 @@
+"""Promised and measured gain: in health, and in the log when it stays away."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from eplb_fsm.observe.gains import Gain, GainWatch
+from eplb_fsm.placement import BankShape, Budget, Placement, Topology, get_policy, make_plan
+from eplb_fsm.placement.plan import Plan
+
+START = Placement.initial(2, 8, 8, 4)
+
+
+def _plan(load: np.ndarray, current: Placement = START) -> Plan:
+    shapes = [BankShape("experts", (10, 10))]
+    return make_plan(get_policy("deepseek"), [load], [current], Topology(4), shapes, Budget(100), 0.01)
+
+
+@pytest.mark.parametrize(("is_same", "level"), [(True, logging.INFO), (False, logging.WARNING)])
+def test_the_next_plan_measures_the_gain(is_same: bool, level: int, caplog: pytest.LogCaptureFixture) -> None:
+    """With the same load the gain is what was predicted; with another one it has stayed away, and the log says so."""
+    caplog.set_level(logging.INFO)
+    load = np.array([[8.0, 7, 1, 1, 1, 1, 1, 1]] * 2)
+    watch = GainWatch(is_telling=True)
+    first = _plan(load)
+    watch.planned(first)
+    assert watch.last is None
+    watch.committed(3, first)
+    assert watch.last == Gain(3, first.balancedness_before, first.balancedness_after)
+    assert not watch.last.stayed_away
+    # The two hottest experts stand alone on their ranks' side now; the other load makes two neighbours hot.
+    other = np.ones((2, 8))
+    for layer, row in enumerate(first.banks[0].physical_to_logical_map):
+        other[layer, row[:2]] = 8.0
+    watch.planned(_plan(load if is_same else other, first.banks[0]))
+    assert watch.last.measured is not None
+    assert watch.last.stayed_away is not is_same
+    if is_same:
+        assert watch.last.measured == watch.last.predicted
+    (record,) = caplog.records
+    assert record.levelno == level
+    assert "epoch 3: balancedness" in record.getMessage()
+    assert ("see step_interval" in record.getMessage()) is not is_same
+    known = watch.last
+    watch.planned(_plan(load))
+    assert watch.last == known
+
+
+def test_only_one_rank_tells(caplog: pytest.LogCaptureFixture) -> None:
+    """All ranks know the same."""
+    caplog.set_level(logging.INFO)
+    watch = GainWatch(is_telling=False)
+    plan = _plan(np.array([[8.0, 7, 1, 1, 1, 1, 1, 1]] * 2))
+    watch.committed(1, plan)
+    watch.planned(plan)
+    assert watch.last is not None
+    assert watch.last.measured == plan.balancedness_before
+    assert caplog.records == []
