@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_policies_are_compared(loads: Path, capsys: pytest.CaptureFixture[str]) 
     assert rows["movement_aware"]["balance_next"] == pytest.approx(np.mean(ahead))
     assert f"{np.mean(ahead):.4f}" in captured.out
     assert "GB a plan" in captured.out
-    assert "of 16 plans, now movement_aware" in captured.err
+    assert re.search(r"\d of \d+ plans, now movement_aware", captured.err)
     assert b"<svg" in plot.read_bytes()
 
 
