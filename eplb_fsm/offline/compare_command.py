@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,14 +66,15 @@ def _no_move(load: Float64Array, current: Placement) -> Placement:
 
 def _policies(names: str | None, problem: Problem) -> dict[str, Planner]:
     chosen = [name for name in policy_names() if name not in _NOT_BY_DEFAULT] if names is None else names.split(",")
-    planners: dict[str, Planner] = {}
-    for name in chosen:
-        policy = get_policy(name.strip(), problem.target_balancedness)
-        warm_up = getattr(policy, "warm_up", None)
-        if warm_up is not None:
-            warm_up()  # the compiler runs before the clock does
-        planners[name.strip()] = partial(policy.plan, topology=problem.topology)
-    return planners
+    return {name.strip(): _planner(name.strip(), problem) for name in chosen}
+
+
+def _planner(name: str, problem: Problem) -> Planner:
+    policy = get_policy(name, problem.target_balancedness)
+    warm_up = getattr(policy, "warm_up", None)
+    if warm_up is not None:
+        warm_up()  # the compiler runs before the clock does
+    return lambda load, current: policy.plan(load, current, problem.topology)
 
 
 def _windows(problem: Problem, window_size: int) -> tuple[Sequence[Float64Array], Placement]:

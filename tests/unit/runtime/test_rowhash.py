@@ -1,4 +1,4 @@
-"""The hash of a moved row: any changed word and any two that change places are seen, and all devices agree."""
+"""The hash of a moved row: it is what it says, and changed words and words that change places are seen."""
 
 from __future__ import annotations
 
