@@ -8,42 +8,11 @@ tensor that nobody named, which would otherwise be a wrong answer later.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from eplb_fsm.errors import BankError
-
-_WORD = 8
-"""Bytes of a hash word; rows are padded to whole words."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowLayout:
-    """How the tensors of one expert lie in a staged row.
-
-    Attributes:
-        segments: Offset and length in bytes of each tensor's part.
-        payload_bytes: Length of the parts together, padded to whole words.
-        stride: Bytes of a staged row: the payload and one word for its hash.
-    """
-
-    segments: tuple[tuple[int, int], ...]
-    payload_bytes: int
-
-    @property
-    def stride(self) -> int:
-        """Bytes from one staged row to the next."""
-        return self.payload_bytes + _WORD
-
-    @classmethod
-    def of(cls, row_bytes: Sequence[int]) -> RowLayout:
-        """Lay parts of the given lengths one after the other, each at a whole word."""
-        segments, offset = [], 0
-        for length in row_bytes:
-            segments.append((offset, length))
-            offset += -(-length // _WORD) * _WORD
-        return cls(tuple(segments), offset)
+from eplb_fsm.runtime.rowlayout import RowLayout
 
 
 class Bank:

@@ -10,21 +10,20 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from eplb_fsm.errors import ConfigError, TransferError
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Chunk
-from eplb_fsm.runtime.bank import Bank, RowLayout
+from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.device import DeviceOps
 from eplb_fsm.runtime.maps import MapWriter
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.routes import Route, find_routes
-from eplb_fsm.runtime.rowhash import hash_keys, hash_rows
+from eplb_fsm.runtime.rowhash import Words, combine_blocks, hash_blocks, hash_keys, hash_rows
+from eplb_fsm.runtime.rowlayout import WORD_BYTES, RowLayout
 from eplb_fsm.runtime.transport import Parcel, Transport
-
-_BLOCK_BYTES = 1 << 20
-"""Rows are packed and hashed in blocks of about this size, so that the hash reads what is still in the cache."""
 
 
 class IntegrityError(TransferError):
@@ -64,8 +63,7 @@ class _Place(NamedTuple):
 
     bank: int
     buffer_idx: int
-    stride: int
-    """Bytes from one row to the next."""
+    layout: RowLayout
 
 
 class StagingArea:
@@ -93,9 +91,9 @@ class StagingArea:
         self._banks = banks
         self._rank = rank
         self._is_hashed = integrity != "off"
-        self._keys = [hash_keys(bank.layout.payload_bytes // 8) for bank in banks]
+        self._keys = [hash_keys(bank.layout.payload_bytes // WORD_BYTES) for bank in banks]
         self._receive, self._send = _allocate(commit_bytes, num_buffers)
-        self._views: dict[tuple[int, int, bool, int], list[torch.Tensor]] = {}
+        self._views: dict[tuple[int, int, int], list[torch.Tensor]] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -122,19 +120,18 @@ class StagingArea:
         yield after
         bank = self._banks[chunk.bank]
         routes = find_routes(chunk, self._rank, bank.num_local_physical_experts)
-        at = _Place(chunk.bank, chunk.idx % len(self._send), bank.layout.stride)
+        at = _Place(chunk.bank, chunk.idx % len(self._send), bank.layout)
         for route in routes.sends:
             self._pack(at, route)
-        arriving = _parcels(self._receive[at.buffer_idx], routes.receives, at.stride)
-        yield transport.begin(_parcels(self._send[at.buffer_idx], routes.sends, at.stride), arriving, tag)
+        arriving = _parcels(self._receive[at.buffer_idx], routes.receives, at.layout.stride)
+        yield transport.begin(_parcels(self._send[at.buffer_idx], routes.sends, at.layout.stride), arriving, tag)
         self._verify(at, arriving)
-        # Local copies are staged like receives: all reads of a chunk come before any of its writes.
-        self._copy_live(at, routes.local.sources, routes.local.rows, is_send=False)
+        self._copy_local(at, routes.local)
         live, staged = self._copies(at, [*routes.receives, routes.local])
         return CommitProgram(
             chunk_idx=chunk.idx,
             num_bytes=sum(row.numel() for row in live),
-            num_peer_bytes=routes.local.first_row * at.stride,
+            num_peer_bytes=routes.local.first_row * at.layout.stride,
             placements=placements,
             digest=chunk.digest_after,
             live_rows=live,
@@ -155,27 +152,45 @@ class StagingArea:
 
     def _pack(self, at: _Place, route: Route) -> None:
         """Copy the rows of a route into the send buffer, each with its hash."""
-        per_block = max(1, _BLOCK_BYTES // at.stride)
-        for first in range(0, len(route.rows), per_block):
-            rows = route.rows[first : first + per_block]
-            self._copy_live(at, route.sources[first : first + per_block], rows, is_send=True)
+        for first in range(0, len(route.rows), at.layout.rows_per_block):
+            block = slice(first, first + at.layout.rows_per_block)
+            self._pack_block(at, route.sources[block], route.rows[block])
+
+    def _pack_block(self, at: _Place, sources: Sequence[tuple[int, int]], rows: range) -> None:
+        """Copy and hash piece by piece: the hash reads what the copy has just brought into the cache."""
+        live = [[part.cpu().numpy() for part in self._banks[at.bank].live_row(*source)] for source in sources]
+        packed = _span(self._send[at.buffer_idx], rows, at.layout.stride)
+        staged = packed.numpy().reshape(len(rows), at.layout.stride)
+        words, hashes = self._words(packed, at)
+        blocks = []
+        for piece in at.layout.pieces:
+            for parts, row in zip(live, staged, strict=True):
+                piece.copy(parts, row)
             if self._is_hashed:
-                words = _words(_span(self._send[at.buffer_idx], rows, at.stride), at.stride)
-                words[:, -1] = hash_rows(words[:, :-1], self._keys[at.bank])
+                blocks.append(hash_blocks(words[:, piece.begin : piece.end], self._keys[at.bank]))
+        if self._is_hashed:
+            hashes[:] = combine_blocks(np.concatenate(blocks, axis=1), self._keys[at.bank])
 
     def _verify(self, at: _Place, received: Sequence[Parcel]) -> None:
         if not self._is_hashed:
             return
         for peer, packed in received:
-            words = _words(packed, at.stride)
-            if not torch.equal(hash_rows(words[:, :-1], self._keys[at.bank]), words[:, -1]):
+            words, hashes = self._words(packed, at)
+            if not np.array_equal(hash_rows(words, self._keys[at.bank]), hashes):
                 raise IntegrityError(f"an expert of bank {self._banks[at.bank].name!r} from rank {peer} was damaged")
 
-    def _copy_live(self, at: _Place, sources: Sequence[tuple[int, int]], rows: range, *, is_send: bool) -> None:
-        """Copy live experts to rows of a staging buffer, in few operations that leave the interpreter lock alone."""
-        live = [view for source in sources for view in self._banks[at.bank].live_row(*source)]
+    @staticmethod
+    def _words(packed: torch.Tensor, at: _Place) -> tuple[Words, Words]:
+        """View whole rows as int64 ``(rows, words)``, and their hashes ``(rows,)``."""
+        words = packed.numpy().view(np.int64).reshape(-1, at.layout.stride // WORD_BYTES)
+        num_words = at.layout.payload_bytes // WORD_BYTES
+        return words[:, :num_words], words[:, num_words]
+
+    def _copy_local(self, at: _Place, route: Route) -> None:
+        """Stage what stays on this rank like a receive: all reads of a chunk come before any of its writes."""
+        live = [part for source in route.sources for part in self._banks[at.bank].live_row(*source)]
         if live:
-            torch._foreach_copy_([view for row in rows for view in self._row(at, row, is_send=is_send)], live)
+            torch._foreach_copy_([part for row in route.rows for part in self._row(at, row)], live)
 
     def _copies(self, at: _Place, routes: Sequence[Route]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return live rows and the staged rows that a commit copies over them."""
@@ -185,18 +200,16 @@ class StagingArea:
             for row, (layer, _), targets in zip(route.rows, route.sources, route.targets, strict=True):
                 for slot in targets:
                     live += self._banks[at.bank].live_row(layer, slot)
-                    staged += self._row(at, row, is_send=False)
+                    staged += self._row(at, row)
         return live, staged
 
-    def _row(self, at: _Place, row: int, *, is_send: bool) -> list[torch.Tensor]:
-        """Return views on the tensors of one staged row; made once, since making views holds the GIL."""
-        key = (at.bank, at.buffer_idx, is_send, row)
+    def _row(self, at: _Place, row: int) -> list[torch.Tensor]:
+        """Return views on the parts of one received row; made once, since making views holds the GIL."""
+        key = (at.bank, at.buffer_idx, row)
         views = self._views.get(key)
         if views is None:
-            buffer = (self._send if is_send else self._receive)[at.buffer_idx]
-            layout: RowLayout = self._banks[at.bank].layout
-            offset = row * at.stride
-            views = [buffer[offset + begin : offset + begin + length] for begin, length in layout.segments]
+            packed = _span(self._receive[at.buffer_idx], range(row, row + 1), at.layout.stride)
+            views = [packed[offset : offset + length] for offset, length in at.layout.segments]
             self._views[key] = views
         return views
 
@@ -214,11 +227,6 @@ def _allocate(commit_bytes: int, num_buffers: int) -> tuple[list[torch.Tensor], 
 
 def _span(buffer: torch.Tensor, rows: range, stride: int) -> torch.Tensor:
     return buffer[rows.start * stride : rows.stop * stride]
-
-
-def _words(packed: torch.Tensor, stride: int) -> torch.Tensor:
-    """View whole rows as int64 ``(rows, words)``, the hash last."""
-    return packed.view(torch.int64).view(-1, stride // 8)
 
 
 def _parcels(buffer: torch.Tensor, routes: Sequence[Route], stride: int) -> list[Parcel]:

@@ -10,8 +10,8 @@ import torch
 from eplb_fsm import Bank, Placement, RebalanceConfig, find_unregistered_tensors
 from eplb_fsm.errors import BankError, ConfigError, PlacementError
 from eplb_fsm.runtime.assembly import check_banks, check_links
-from eplb_fsm.runtime.bank import RowLayout
 from eplb_fsm.runtime.domain import Domain
+from eplb_fsm.runtime.rowlayout import RowLayout
 from eplb_fsm.runtime.staging import StagingArea
 
 _LOGICAL, _PHYSICAL, _LOCAL = 8, 12, 6

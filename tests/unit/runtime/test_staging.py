@@ -1,0 +1,114 @@
+"""Rows that are cut into pieces, and small ones that are packed together: they arrive whole, and damage is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from eplb_fsm import Bank, Placement
+from eplb_fsm.placement.chunks import Chunk
+from eplb_fsm.runtime.maps import TensorMapWriter
+from eplb_fsm.runtime.pending import Done, Pending
+from eplb_fsm.runtime.staging import CommitProgram, IntegrityError, StagingArea
+from eplb_fsm.runtime.transport import InMemoryExchange, InMemoryTransport, Parcel
+
+_LAYERS, _LOCAL, _EXPERTS = 2, 3, 6
+_SIZES = {
+    "small": [24, 5],
+    "one tensor of several pieces": [700_001],
+    "pieces that end within a tensor, at its end, and behind it": [300_005, 8, (256 << 10) - 64, 3],
+}
+
+
+class _DamagingTransport(InMemoryTransport):
+    """Flips a bit of one byte of what it sends."""
+
+    damaged_byte: int | None = None
+
+    def begin(self, sends: list[Parcel], receives: list[Parcel], tag: int):  # type: ignore[no-untyped-def, override]
+        for _, buffer in sends if self.damaged_byte is not None else ():
+            buffer[self.damaged_byte] ^= 4
+        return super().begin(sends, receives, tag)
+
+
+class _Ranks(NamedTuple):
+    banks: list[Bank]
+    areas: list[StagingArea]
+    transports: list[_DamagingTransport]
+
+
+def _ranks(sizes: list[int]) -> _Ranks:
+    random = torch.Generator().manual_seed(len(sizes))
+    banks = []
+    for _ in range(2):
+        layer = [
+            {str(i): torch.randint(256, (_LOCAL, n), dtype=torch.uint8, generator=random) for i, n in enumerate(sizes)}
+            for _ in range(_LAYERS)
+        ]
+        banks.append(Bank("target", _EXPERTS, _EXPERTS, layer))
+    exchange = InMemoryExchange(2)
+    areas = [
+        StagingArea([bank], rank, num_buffers=1, commit_bytes=16 << 20, integrity="wire")
+        for rank, bank in enumerate(banks)
+    ]
+    return _Ranks(banks, areas, [_DamagingTransport(exchange, rank) for rank in range(2)])
+
+
+def _swap_all() -> Chunk:
+    """Every expert changes the rank: slot i of one with slot i of the other."""
+    moves = [
+        (layer, slot, (slot + _LOCAL) % _EXPERTS, (slot + _LOCAL) % _EXPERTS)
+        for layer in range(_LAYERS)
+        for slot in range(_EXPERTS)
+    ]
+    nothing = np.zeros(2, dtype=np.int64)
+    return Chunk(0, 0, np.array(moves), np.zeros((0, 2), dtype=np.int64), -1, 0, _LOCAL, nothing, nothing)
+
+
+def _stage(ranks: _Ranks) -> list[CommitProgram]:
+    """Stage the chunk on both ranks; the receivers check what they got, rank 1 first."""
+    placement = Placement.initial(_LAYERS, _EXPERTS, _EXPERTS, 2)
+    programs: list[CommitProgram] = []
+
+    def job(rank: int) -> Iterator[Pending]:
+        area, transport = ranks.areas[rank], ranks.transports[rank]
+        programs.append(
+            (yield from area.stage(_swap_all(), Done(), 1, transport, TensorMapWriter([placement]), (placement,)))
+        )
+
+    jobs = [job(1), job(0)]
+    exchanges = [[next(job), next(job)][1] for job in jobs]  # the event of the last commit, then the exchange
+    for exchange in exchanges:
+        exchange.poll()
+    for body in jobs:
+        next(body, None)
+    return programs
+
+
+@pytest.mark.parametrize("sizes", _SIZES.values(), ids=_SIZES)
+def test_every_byte_of_a_row_arrives(sizes: list[int]) -> None:
+    """All experts of two ranks change places, byte for byte."""
+    ranks = _ranks(sizes)
+    before = [[t.clone() for layer in bank.tensors for t in layer.values()] for bank in ranks.banks]
+    for program in _stage(ranks):
+        program.run()
+    after = [[t for layer in bank.tensors for t in layer.values()] for bank in ranks.banks]
+    for seen, wanted in zip(after[0] + after[1], before[1] + before[0], strict=True):
+        assert torch.equal(seen, wanted)
+
+
+@pytest.mark.parametrize("sizes", _SIZES.values(), ids=_SIZES)
+def test_a_damaged_bit_in_any_piece_is_seen(sizes: list[int]) -> None:
+    """In the first, the middle and the last bytes of the first and of the last row, and in a hash itself."""
+    layout = _ranks(sizes).banks[0].layout
+    last_row = (_LAYERS * _LOCAL - 1) * layout.stride
+    inside = [0, layout.payload_bytes // 2, layout.segments[-1][0] + sizes[-1] - 1, layout.payload_bytes]
+    for place in [*inside, *(last_row + offset for offset in inside)]:
+        ranks = _ranks(sizes)
+        ranks.transports[0].damaged_byte = place
+        with pytest.raises(IntegrityError, match="bank 'target' from rank 0 was damaged"):
+            _stage(ranks)
