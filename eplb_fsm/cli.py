@@ -35,6 +35,7 @@ OPTION_FLAGS = {
     "--eplb-rebalance-num-iterations": "step_interval",
     "--expert-distribution-recorder-buffer-size": "window_size",
     "--ep-num-redundant-experts": "num_redundant_experts",
+    "--eplb-min-rebalancing-utilization-threshold": "trigger_balancedness",
 }
 """SGLang's flags for our options; `docs/reference/options.md` says where the meaning differs."""
 
@@ -134,6 +135,12 @@ def _add_common(parser: argparse.ArgumentParser, ranks: str) -> None:
         "--expert-distribution-recorder-buffer-size", type=int, metavar="N", help="steps of load that a plan is made of"
     )
     group.add_argument("--ep-num-redundant-experts", type=int, metavar="N", help="slots beyond one for each expert")
+    group.add_argument(
+        "--eplb-min-rebalancing-utilization-threshold",
+        type=float,
+        metavar="X",
+        help="balancedness from which on nothing is moved",
+    )
     group.add_argument("--init-expert-location", type=Path, metavar="FILE", help="placement to start with")
     group.add_argument("--eplb-config", metavar="JSON", help="any option by its name: '{\"commit_bytes\": 1000000}'")
 

@@ -40,6 +40,10 @@ _AT_LEAST: dict[str, float] = {
     "max_epoch_bytes": 0,
     "max_slowdown": 0,
     "min_gain": 0,
+    "trigger_balancedness": 0.01,
+    "horizon_steps": 0,
+    "moe_time_share": 0.01,
+    "cooldown_steps": 0,
     "target_balancedness": 0.01,
     "collecting_deadline_steps": 1,
     "computing_deadline_steps": 1,
@@ -52,7 +56,13 @@ _AT_LEAST: dict[str, float] = {
 }
 _LARGEST = 1 << 40
 """Bound of every number: sums of them stay far inside the 64-bit words of a vote."""
-_AT_MOST: dict[str, float] = {"staging_buffers": 64, "max_slowdown": 100, "target_balancedness": 1}
+_AT_MOST: dict[str, float] = {
+    "staging_buffers": 64,
+    "max_slowdown": 100,
+    "trigger_balancedness": 1,
+    "moe_time_share": 1,
+    "target_balancedness": 1,
+}
 _MAX_SECONDS = 1_000_000
 _POSITIVE_SECONDS = (
     "vote_timeout_s",
@@ -92,6 +102,15 @@ class RebalanceConfig:
     """Groups of logical experts that a hierarchical policy keeps on one node."""
     min_gain: float = 0.01
     """Smallest predicted rise of mean balancedness for which an epoch moves anything; else it is SKIPPED."""
+    trigger_balancedness: float = 1.0
+    """Mean balancedness from which on an epoch is SKIPPED, and the policy not asked; 1: never."""
+    horizon_steps: int = 3000
+    """Steps over which a layer must give back more time than moving its experts takes from the decode loop, by what the
+    ranks measured; else it stays as it is, and the epoch is SKIPPED where none does. 0: layers need not pay."""
+    moe_time_share: float = 0.5
+    """Share of a step's time that goes to the experts, for ``horizon_steps``."""
+    cooldown_steps: int = 0
+    """Steps after an epoch has committed its last chunk in which none starts; a request waits until they are over."""
     target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS
     """Balancedness at which the policy ``movement_aware`` leaves a layer as it is."""
     lag: int | Literal["auto"] = "auto"

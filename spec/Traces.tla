@@ -122,11 +122,11 @@ Posting(r, e, c) ==
     IN [Becomes(c.state # "STOPPED" /\ window[r] = "no" /\ PostIsDue(c) /\ says = e.vote /\ raises, after)
         EXCEPT !.vote = WithLag(vote, e.lag)]
 
-(* How long the back-off after an abort is, is up to the code, within its bounds. *)
+(* How long the back-off after an abort is, and the cool-down after an epoch, is up to the code, within its bounds. *)
 BackoffIsKept(e, c, decision) ==
     IF decision.kind = "ABORT"
     THEN c.step + Its.backoff <= e.earliest /\ e.earliest <= c.step + Its.max_backoff
-    ELSE e.earliest = c.earliest
+    ELSE e.earliest = c.earliest \/ (decision.kind = "COMMIT" /\ c.step <= e.earliest)
 
 Reading(r, e, c) ==
     LET decision == Decide(Tally(c.posted.round))

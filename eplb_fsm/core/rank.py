@@ -95,7 +95,7 @@ class RankCore:
         self._stop_word = 0
         self._backoff_steps = config.backoff_steps
         self.earliest_next_step = 0
-        """No epoch starts in a round posted before this step: the back-off after an abort."""
+        """No epoch starts in a round posted before this step: back-off after an abort, cool-down after a commit."""
         self._interval_due = config.step_interval or NEVER
 
     # -- what the engine asks for; any step, any rank ---------------------------------------------------
@@ -370,6 +370,8 @@ class RankCore:
         self.lifecycle.fire("commit_chunk")
         self.chunk_idx += 1
         if self.chunk_idx == self.plan.num_chunks:
+            cooldown = self.config.cooldown_steps
+            self.earliest_next_step = self.step_idx + cooldown if cooldown else self.earliest_next_step
             self._finish("finish_epoch", OutcomeKind.COMMITTED)
 
     def _abort(self, decision: Decision) -> None:

@@ -11,6 +11,11 @@ logger = logging.getLogger(__name__)
 
 _LEAST_SHARE = 0.5
 """A gain of which less than this share is measured has stayed away."""
+_LEAST_TRUST = 0.1
+_WEIGHT_OF_LAST = 0.5
+"""Weight of the last epoch in the trust, against all before it."""
+_FORGIVING = 0.125
+"""Share of the lost trust that comes back with each epoch that moves nothing, so that it is not lost for good."""
 
 
 class Gain(NamedTuple):
@@ -29,11 +34,16 @@ class Gain(NamedTuple):
     measured: float | None = None
 
     @property
+    def share(self) -> float:
+        """Share of the predicted gain that was measured, 0 to 1; 1 until it is known."""
+        if self.measured is None or self.predicted <= self.before:
+            return 1.0
+        return min(1.0, max(0.0, (self.measured - self.before) / (self.predicted - self.before)))
+
+    @property
     def stayed_away(self) -> bool:
         """Whether less than half of the predicted gain was measured."""
-        if self.measured is None:
-            return False
-        return self.measured - self.before < _LEAST_SHARE * (self.predicted - self.before)
+        return self.share < _LEAST_SHARE
 
 
 class GainWatch:
@@ -44,11 +54,14 @@ class GainWatch:
 
     Attributes:
         last: The last committed epoch's, None before the first.
+        trust: Share of the predicted gains that came true, the last epoch counting half; 1.0 at first. The same on all
+            ranks, since all hold the same plans.
     """
 
     def __init__(self, *, is_telling: bool) -> None:
         self._is_telling = is_telling
         self.last: Gain | None = None
+        self.trust = 1.0
 
     def committed(self, epoch: int, plan: Plan) -> None:
         """Note that all of a plan is live."""
@@ -56,9 +69,12 @@ class GainWatch:
 
     def planned(self, plan: Plan) -> None:
         """Take from a new plan how balanced the live placement is under the window that it was made for."""
+        if plan.skip_reason:
+            self.trust += _FORGIVING * (1.0 - self.trust)
         if self.last is None or self.last.measured is not None:
             return
         self.last = gain = self.last._replace(measured=plan.balancedness_before)
+        self.trust = max(_LEAST_TRUST, self.trust + _WEIGHT_OF_LAST * (gain.share - self.trust))
         if self._is_telling:
             logger.log(
                 logging.WARNING if gain.stayed_away else logging.INFO,

@@ -8,14 +8,17 @@ from eplb_fsm.placement.planning import make_plan
 from eplb_fsm.placement.policies import RebalancePolicy, get_policy, policy_names, register_policy
 from eplb_fsm.placement.shapes import BankShape, Budget
 from eplb_fsm.placement.topology import Topology
+from eplb_fsm.placement.worth import Costs, Thresholds
 
 __all__ = [
     "BankShape",
     "Budget",
     "Chunk",
+    "Costs",
     "Placement",
     "Plan",
     "RebalancePolicy",
+    "Thresholds",
     "Topology",
     "balancedness",
     "balancedness_summary",

@@ -18,6 +18,7 @@ from eplb_fsm.placement.policies.protocol import RebalancePolicy
 from eplb_fsm.placement.shapes import BankShape, Budget, check_banks, missing_commit_bytes
 from eplb_fsm.placement.topology import Topology
 from eplb_fsm.placement.validate import Float64Array, checked_load
+from eplb_fsm.placement.worth import Costs, Thresholds, Worth, worth_of_layers
 
 NO_GAIN = "no gain"
 
@@ -29,7 +30,8 @@ def make_plan(
     topology: Topology,
     shapes: Sequence[BankShape],
     budget: Budget,
-    min_gain: float,
+    thresholds: Thresholds,
+    costs: Costs | None = None,
 ) -> Plan:
     """Plan a rebalance of all banks. Pure computation; may run in any thread or process.
 
@@ -40,11 +42,13 @@ def make_plan(
         topology: Ranks, nodes and expert groups.
         shapes: Sizes of each bank's experts.
         budget: Bounds of a chunk and of the epoch.
-        min_gain: Least gain of the mean balancedness over all layers that is worth moving for.
+        thresholds: When to move anything.
+        costs: What the ranks measured; None: nothing was, so that no layer has to pay for its bytes.
 
     Returns:
-        A checked plan. It has a `skip_reason` and no chunks when nothing would move, when the gain is less
-        than `min_gain` (both begin with "no gain"), or when one expert is larger than the commit budget.
+        A checked plan. It has a `skip_reason` and no chunks when the layers are balanced enough ("balanced"), when
+        nothing would move or the gain is too small (both begin with "no gain"), when no layer gives back the time that
+        it takes ("does not pay"), or when one expert is larger than the commit budget.
 
     Raises:
         PlanError: the policy returned a placement of another shape.
@@ -55,28 +59,50 @@ def make_plan(
     check_banks(current, shapes)
     arrays = _checked_loads(loads, current, topology)
     balance_now = _mean_balancedness(arrays, current)
-    if reason := missing_commit_bytes(shapes, budget):
+    if reason := missing_commit_bytes(shapes, budget) or _balanced(balance_now, thresholds):
         return _planned([], reason, (balance_now, balance_now), current, shapes, budget)
     wanted = [_target(policy, *pair, topology) for pair in zip(arrays, current, strict=True)]
-    targets, num_bytes = within_budget(arrays, current, wanted, shapes, budget.epoch_bytes)
+    worth = worth_of_layers(arrays, current, wanted, shapes, thresholds, costs)
+    targets = within_budget(worth, current, wanted, budget.epoch_bytes, must_pay=costs is not None)
     balance = balance_now, _mean_balancedness(arrays, targets)
-    if balance[1] - balance[0] < min_gain:
-        reason = (
-            f"{NO_GAIN}: mean balancedness {balance[0]:.4f} would become {balance[1]:.4f}, "
-            f"a gain below min_gain={min_gain:g}"
-        )
-        if num_bytes > budget.epoch_bytes > 0:
-            reason += (
-                f"; all that the policy wants is {num_bytes} bytes, max_epoch_bytes={budget.epoch_bytes} allows less"
-            )
-        return _planned([], reason, balance, current, shapes, budget)
+    reason = _too_little(balance, worth, thresholds, costs, budget)
     chunks = [
         (bank, moves)
         for bank, (placement, target, shape) in enumerate(zip(current, targets, shapes, strict=True))
-        for moves in cut_into_chunks(placement, target, shape, budget)
+        for moves in (() if reason else cut_into_chunks(placement, target, shape, budget))
     ]
-    reason = "" if chunks else f"{NO_GAIN}: every expert is already where the policy wants it"
+    if not chunks and not reason:
+        reason = f"{NO_GAIN}: every expert is already where the policy wants it"
     return _planned(chunks, reason, balance, current, shapes, budget)
+
+
+def _balanced(balance_now: float, thresholds: Thresholds) -> str:
+    if thresholds.trigger_balancedness >= 1.0 or balance_now < thresholds.trigger_balancedness:
+        return ""
+    return f"balanced: mean balancedness {balance_now:.4f}, trigger_balancedness={thresholds.trigger_balancedness:g}"
+
+
+def _too_little(
+    balance: tuple[float, float], worth: Worth, thresholds: Thresholds, costs: Costs | None, budget: Budget
+) -> str:
+    """Why the gain of a plan is not worth its moves; empty if it is."""
+    if costs is not None and worth.num_bytes.any() and not worth.pays.any():
+        return (
+            f"does not pay: over horizon_steps={thresholds.horizon_steps} its layers would give back "
+            f"{worth.saved_s.clip(0.0).sum():.3g} s and take {worth.cost_s.sum():.3g} s, for "
+            f"{worth.num_bytes.sum():.0f} bytes (a step takes {costs.step_s:.3g} s, {costs.trust:.0%} of the predicted "
+            "gains came true)"
+        )
+    if balance[1] - balance[0] >= thresholds.min_gain:
+        return ""
+    reason = (
+        f"{NO_GAIN}: mean balancedness {balance[0]:.4f} would become {balance[1]:.4f}, "
+        f"a gain below min_gain={thresholds.min_gain:g}"
+    )
+    num_bytes = int(worth.num_bytes.sum())
+    if num_bytes > budget.epoch_bytes > 0:
+        reason += f"; all that the policy wants is {num_bytes} bytes, max_epoch_bytes={budget.epoch_bytes} allows less"
+    return reason
 
 
 def _planned(

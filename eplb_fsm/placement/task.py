@@ -15,6 +15,7 @@ from eplb_fsm.placement.planning import make_plan
 from eplb_fsm.placement.policies import RebalancePolicy, get_policy
 from eplb_fsm.placement.shapes import BankShape, Budget
 from eplb_fsm.placement.topology import Topology
+from eplb_fsm.placement.worth import Costs, Thresholds
 
 EncodedPlan = npt.NDArray[np.int64]
 """A plan as it travels, ``(n,)``."""
@@ -30,7 +31,7 @@ class PlanTask:
     topology: Topology
     shapes: tuple[BankShape, ...]
     budget: Budget
-    min_gain: float
+    thresholds: Thresholds
     target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS
 
     def make_policy(self) -> RebalancePolicy:
@@ -51,14 +52,16 @@ class PlanTask:
         if warm_up is not None:
             warm_up()
 
-    def plan(self, loads: Sequence[Load], current: Sequence[Placement]) -> EncodedPlan:
-        """Compute and encode a plan on the calling thread.
+    def plan(self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None) -> EncodedPlan:
+        """Compute and encode a plan on the calling thread; ``costs`` are what the ranks measured.
 
         Raises:
             PlanError: If no valid plan can be made. A policy may raise anything else.
         """
-        policy = self.make_policy()
-        return make_plan(policy, loads, current, self.topology, self.shapes, self.budget, self.min_gain).encode()
+        plan = make_plan(
+            self.make_policy(), loads, current, self.topology, self.shapes, self.budget, self.thresholds, costs
+        )
+        return plan.encode()
 
     def decode(self, encoded: EncodedPlan, current: tuple[Placement, ...]) -> Plan:
         """Read a plan that some rank has encoded, and check all of it.

@@ -11,6 +11,7 @@ from eplb_fsm.placement.plan import BankShape, Budget
 from eplb_fsm.placement.policies import get_policy
 from eplb_fsm.placement.task import PlanTask
 from eplb_fsm.placement.topology import Topology
+from eplb_fsm.placement.worth import Thresholds
 from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.channel import PiggybackVoteChannel, VoteChannel
 from eplb_fsm.runtime.domain import Domain
@@ -36,7 +37,9 @@ def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) ->
         topology=Topology(domain.world_size, config.num_nodes, config.num_groups),
         shapes=shapes,
         budget=Budget(config.commit_bytes, config.staging_buffers, config.max_epoch_bytes),
-        min_gain=config.min_gain,
+        thresholds=Thresholds(
+            config.min_gain, config.trigger_balancedness, config.horizon_steps, config.moe_time_share
+        ),
         target_balancedness=config.target_balancedness,
     )
 

@@ -175,11 +175,13 @@ class Driver:
     def _carry_out(self, decision: Decision, action: str, lost: str = "") -> None:
         kind = decision.kind
         if kind is DecisionKind.START:
-            self._runner.start(self.core.epoch)
+            self._runner.start(self.core.epoch, self._parts.gauge.measured)
         elif kind is DecisionKind.BEGIN:
             self._runner.begin()
+            self._parts.gauge.begin(self.core.step_idx, self._parts.clock())
         elif kind is DecisionKind.COMMIT:
             self._commit()
+            self._note_transfer()
         if not self.core.is_active:
             self._runner.drop()
         self._recorder.record(
@@ -205,6 +207,12 @@ class Driver:
             self._rounds.post_last(vote)
             self._fail_stop(FailStop(detail, [self.core.rank]))
         self.core.live_digest = self._runner.live_digest
+
+    def _note_transfer(self) -> None:
+        """Once the last chunk is live, keep what it took."""
+        plan = self._runner.plan
+        if plan is not None and not self.core.is_active:
+            self._parts.gauge.end(self.core.step_idx, self._parts.clock(), plan.peer_bytes)
 
     def _give_up(self, lost: Lost) -> None:
         # Only after the vote timeout have all live ranks surely shown that they posted; before, nobody is named here

@@ -9,6 +9,7 @@ from eplb_fsm.load.recorder import LoadSource
 from eplb_fsm.observe.gains import GainWatch
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan, live_digest
+from eplb_fsm.runtime.costs import Measured
 from eplb_fsm.runtime.device import DeviceOps
 from eplb_fsm.runtime.jobs import Jobs
 from eplb_fsm.runtime.pending import Done, Pending
@@ -64,12 +65,13 @@ class EpochRunner:
         """Close a bucket of the load window, in stream order."""
         self._device.enqueue(self._load.rotate)
 
-    def start(self, epoch: int) -> None:
-        """Take the load window and begin making a plan in the background."""
+    def start(self, epoch: int, measured: Measured) -> None:
+        """Take the load window and begin making a plan in the background, with what is known of the cost of moving."""
         self._epoch = epoch
         self._device.enqueue(self._load.snapshot)
         taken = self._device.record_event()
-        self._submit(self._jobs.make_plan(epoch, self._load.snapshots, taken, self.placements))
+        trust = self.gains.trust
+        self._submit(self._jobs.make_plan(epoch, self._load.snapshots, taken, self.placements, measured, trust))
 
     def accept_plan(self, plan: Plan, lag: int) -> PlanTerms:
         """Keep a plan and return what the core must know of it."""

@@ -14,6 +14,8 @@ from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Chunk, Plan
 from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
+from eplb_fsm.placement.worth import Costs
+from eplb_fsm.runtime.costs import Measured, costs_of
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.maps import MapWriter
 from eplb_fsm.runtime.pending import Pending
@@ -55,7 +57,13 @@ class Jobs:
     num_exchanges: int = 0
 
     def make_plan(
-        self, epoch: int, snapshots: Sequence[torch.Tensor], taken: Pending, current: tuple[Placement, ...]
+        self,
+        epoch: int,
+        snapshots: Sequence[torch.Tensor],
+        taken: Pending,
+        current: tuple[Placement, ...],
+        measured: Measured,
+        trust: float,
     ) -> Job:
         """Return the job that sums the load of all ranks and ends with a validated plan on each.
 
@@ -65,8 +73,10 @@ class Jobs:
                 device; not read before ``taken``.
             taken: The event of the snapshot.
             current: The live placement of each bank.
+            measured: What this rank knows of the cost of moving.
+            trust: Share of predicted gains that came true lately; the same on all ranks.
         """
-        body = self._make_plan(epoch, snapshots, taken, current)
+        body = self._make_plan(epoch, snapshots, taken, current, measured, trust)
         return Job(epoch, AbortReason.LOAD_ERROR, body, self._wait_limit_s)
 
     def stage(self, epoch: int, plan: Plan, chunk: Chunk, after: Pending) -> Job:
@@ -84,18 +94,26 @@ class Jobs:
         return self.config.transfer_timeout_s + self.config.plan_timeout_s
 
     def _make_plan(
-        self, epoch: int, snapshots: Sequence[torch.Tensor], taken: Pending, current: tuple[Placement, ...]
+        self,
+        epoch: int,
+        snapshots: Sequence[torch.Tensor],
+        taken: Pending,
+        current: tuple[Placement, ...],
+        measured: Measured,
+        trust: float,
     ) -> Iterator[Pending]:
         yield taken
-        total = torch.cat([snapshot.reshape(-1).to("cpu", torch.int64) for snapshot in snapshots])
+        parts = [snapshot.reshape(-1).to("cpu", torch.int64) for snapshot in snapshots]
+        total = torch.cat([*parts, torch.tensor(measured, dtype=torch.int64)])
         yield self.transport.all_reduce_sum(total)
         self.mailbox.put(LoadCollected(epoch))
         yield self.pace.breathe()
         loads = self._split(total.numpy(), current)
+        costs = costs_of(total[-len(measured) :].tolist(), self.domain.world_size, self.config, trust)
         if self.config.plan_source == "every_rank":
-            encoded = yield from self._compute(loads, current)
+            encoded = yield from self._compute(loads, current, costs)
         else:
-            encoded = yield from self._receive_plan(loads, current)
+            encoded = yield from self._receive_plan(loads, current, costs)
         yield self.pace.breathe()
         self.mailbox.put(PlanReady(epoch, self.task.decode(encoded, current)))
 
@@ -108,13 +126,15 @@ class Jobs:
             start += math.prod(shape)
         return loads
 
-    def _compute(self, loads: Sequence[Load], current: Sequence[Placement]) -> Generator[Pending, None, EncodedPlan]:
+    def _compute(
+        self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None
+    ) -> Generator[Pending, None, EncodedPlan]:
         assert self.planner is not None
-        yield self.planner.submit(loads, current)
+        yield self.planner.submit(loads, current, costs)
         return self.planner.result()
 
     def _receive_plan(
-        self, loads: Sequence[Load], current: Sequence[Placement]
+        self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None
     ) -> Generator[Pending, None, EncodedPlan]:
         """One rank computes; its failure is broadcast like a plan, so that nobody waits for it in vain."""
         is_planning = self.domain.rank == _PLANNING_RANK
@@ -122,7 +142,7 @@ class Jobs:
         encoded: EncodedPlan = np.zeros(0, dtype=np.int64)
         if is_planning:
             try:
-                encoded = yield from self._compute(loads, current)
+                encoded = yield from self._compute(loads, current, costs)
             except WorkError as error:
                 failure = error
             except Exception as error:  # whatever it is, the others are waiting for a plan or a failure

@@ -42,9 +42,9 @@ def _serve(pipe: Connection) -> None:
         return
     pipe.send(None)
     while True:
-        loads, current = pipe.recv()
+        loads, current, costs = pipe.recv()
         try:
-            pipe.send(task.plan(loads, current))
+            pipe.send(task.plan(loads, current, costs))
         except Exception as error:  # a policy may raise anything
             pipe.send(f"{type(error).__name__}: {error}")
 

@@ -12,6 +12,7 @@ from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan
 from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
+from eplb_fsm.placement.worth import Costs
 from eplb_fsm.runtime.maps import TensorMapWriter, table_rows
 
 _NUM_KEPT = 4096
@@ -28,11 +29,11 @@ class RememberingTask(PlanTask):
     @classmethod
     def like(cls, task: PlanTask) -> RememberingTask:
         """Return the task with a memory."""
-        return cls(task.policy, task.topology, task.shapes, task.budget, task.min_gain, task.target_balancedness)
+        return cls(task.policy, task.topology, task.shapes, task.budget, task.thresholds, task.target_balancedness)
 
-    def plan(self, loads: Sequence[Load], current: Sequence[Placement]) -> EncodedPlan:
+    def plan(self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None) -> EncodedPlan:
         """Compute and encode a plan."""
-        return _plan(self, tuple(load.tobytes() for load in loads), tuple(current))
+        return _plan(self, tuple(load.tobytes() for load in loads), tuple(current), costs)
 
     def decode(self, encoded: EncodedPlan, current: tuple[Placement, ...]) -> Plan:
         """Read and check a plan."""
@@ -64,12 +65,12 @@ def _map_rows(placement: Placement, width: int, layers: tuple[int, ...]) -> tupl
 
 
 @lru_cache(_NUM_KEPT)
-def _plan(task: PlanTask, loads: tuple[bytes, ...], current: tuple[Placement, ...]) -> EncodedPlan:
+def _plan(task: PlanTask, loads: tuple[bytes, ...], current: tuple[Placement, ...], costs: Costs | None) -> EncodedPlan:
     arrays = [
         np.frombuffer(load, np.int64).reshape(placement.num_moe_layers, -1)
         for load, placement in zip(loads, current, strict=True)
     ]
-    return PlanTask.plan(task, arrays, current)
+    return PlanTask.plan(task, arrays, current, costs)
 
 
 @lru_cache(_NUM_KEPT)

@@ -69,6 +69,7 @@ def measure(ranks: int, steps: int, batch: int, interval: int, layers: int, fold
         window_size=interval,
         idle_round_interval=10,
         min_gain=0.0,
+        horizon_steps=0,
         policy="deepseek",  # plans from nothing: each epoch moves most experts
         commit_bytes=2 * expert_bytes + 100_000,
     )

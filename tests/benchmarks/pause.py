@@ -59,6 +59,7 @@ def measure_mode(
         step_interval=0,
         idle_round_interval=8,
         min_gain=0.0,
+        horizon_steps=0,
         **options,
     )
     figures: list[EpochFigures] = []

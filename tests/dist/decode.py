@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {
     "num_redundant_experts": SHAPE.num_physical_experts - SHAPE.num_logical_experts,
     "commit_bytes": 8 * 1024,
     "min_gain": 0.0,
+    "horizon_steps": 0,
     "lag": 2,
     "backoff_steps": 1,
     "max_backoff_steps": 16,

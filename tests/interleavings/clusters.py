@@ -75,6 +75,7 @@ def config(**changes: Any) -> RebalanceConfig:
         "window_size": 20,
         "commit_bytes": 2 * ROW_BYTES,
         "min_gain": 0.0,
+        "horizon_steps": 0,
         "backoff_steps": 10,
         "max_backoff_steps": 80,
         "max_slowdown": 0.0,

@@ -68,6 +68,7 @@ def make_cluster(seed: int, observers: Callable[[int], Sequence[Observer]] = lam
         idle_round_interval=5,
         window_size=10,
         min_gain=0.0,
+        horizon_steps=0,
         max_slowdown=0.0,
         backoff_steps=5,
         drain_deadline_steps=30,

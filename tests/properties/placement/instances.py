@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from eplb_fsm.placement import BankShape, Budget, Placement, Plan, Topology, make_plan
+from eplb_fsm.placement import BankShape, Budget, Placement, Plan, Thresholds, Topology, make_plan
 
 
 @st.composite
@@ -50,7 +50,7 @@ class Problem:
         loads = [np.ones((p.num_moe_layers, p.num_logical_experts)) for p in self.current]
         topology = Topology(self.current[0].num_ranks)
         policy = Targets(list(self.target))
-        return make_plan(policy, loads, self.current, topology, self.shapes, self.budget, -2.0)
+        return make_plan(policy, loads, self.current, topology, self.shapes, self.budget, Thresholds(-2.0))
 
 
 class Targets:

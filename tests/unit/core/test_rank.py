@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cores import PLAN, core, run_to, run_until, skip_epoch, transferring
+from cores import PLAN, commit, core, run_to, run_until, skip_epoch, transferring
 
 from eplb_fsm.core.deadlines import epoch_bound_steps
 from eplb_fsm.core.rank import RankCore
@@ -134,6 +134,18 @@ def test_back_off_doubles_up_to_its_bound() -> None:
     it.request_abort()
     run_until(it, DecisionKind.ABORT)
     assert it.earliest_next_step - it.step_idx == 5
+
+
+@pytest.mark.parametrize("cooldown", [0, 70])
+def test_a_cool_down_keeps_the_next_start_away_from_the_last_commit(cooldown: int) -> None:
+    """A request that comes earlier waits; without a cool-down it is heard in the next round."""
+    it = core(lag=1, idle_round_interval=1, cooldown_steps=cooldown)
+    commit(transferring(it), 2)
+    committed_step = it.step_idx
+    assert it.earliest_next_step == (committed_step + 70 if cooldown else 0)
+    it.request_rebalance()
+    run_until(it, DecisionKind.START)
+    assert it.step_idx - committed_step == (cooldown or 1) + 1
 
 
 @pytest.mark.parametrize("word", [{"drained": 0}, {"freeze": 1}, {"earliest_next_step": 10_000}])

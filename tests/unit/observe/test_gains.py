@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eplb_fsm.observe.gains import Gain, GainWatch
-from eplb_fsm.placement import BankShape, Budget, Placement, Topology, get_policy, make_plan
+from eplb_fsm.placement import BankShape, Budget, Placement, Thresholds, Topology, get_policy, make_plan
 from eplb_fsm.placement.plan import Plan
 
 START = Placement.initial(2, 8, 8, 4)
@@ -16,7 +16,7 @@ START = Placement.initial(2, 8, 8, 4)
 
 def _plan(load: np.ndarray, current: Placement = START) -> Plan:
     shapes = [BankShape("experts", (10, 10))]
-    return make_plan(get_policy("deepseek"), [load], [current], Topology(4), shapes, Budget(100), 0.01)
+    return make_plan(get_policy("deepseek"), [load], [current], Topology(4), shapes, Budget(100), Thresholds(0.01))
 
 
 @pytest.mark.parametrize(("is_same", "level"), [(True, logging.INFO), (False, logging.WARNING)])
@@ -59,3 +59,21 @@ def test_only_one_rank_tells(caplog: pytest.LogCaptureFixture) -> None:
     assert watch.last is not None
     assert watch.last.measured == plan.balancedness_before
     assert caplog.records == []
+
+
+def test_trust_follows_what_came_true_and_comes_back() -> None:
+    """Half of it is the last epoch's; with each epoch that moves nothing an eighth of what is missing returns."""
+    load = np.array([[8.0, 7, 1, 1, 1, 1, 1, 1]] * 2)
+    watch = GainWatch(is_telling=False)
+    plan = _plan(load)
+    for trust in (0.5, 0.25, 0.125, 0.1, 0.1):
+        watch.committed(1, plan)
+        watch.planned(plan)  # as unbalanced as before
+        assert watch.trust == trust
+    skipped = _plan(load, plan.banks[0])
+    assert skipped.skip_reason
+    watch.planned(skipped)
+    assert watch.trust == 0.1 + 0.9 / 8
+    watch.committed(2, plan)
+    watch.planned(skipped)  # as balanced as was predicted
+    assert watch.trust > 0.6

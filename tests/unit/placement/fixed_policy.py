@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eplb_fsm.placement import BankShape, Budget, Placement, Plan, Topology, make_plan
+from eplb_fsm.placement import BankShape, Budget, Placement, Plan, Thresholds, Topology, make_plan
 
 
 class Fixed:
@@ -31,5 +31,5 @@ def plan_between(
         Topology(current.num_ranks),
         [BankShape("experts", (row_bytes,) * current.num_moe_layers)],
         Budget(rows * row_bytes, staging_buffers),
-        min_gain=-1.0,
+        thresholds=Thresholds(-1.0),
     )

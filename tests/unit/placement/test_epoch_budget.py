@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from eplb_fsm.errors import ConfigError
-from eplb_fsm.placement import BankShape, Budget, Placement, Topology, get_policy, make_plan
+from eplb_fsm.placement import BankShape, Budget, Placement, Thresholds, Topology, get_policy, make_plan
 from eplb_fsm.placement.balancedness import rank_loads
 from eplb_fsm.placement.epoch_budget import within_budget
 from eplb_fsm.placement.moves import num_peer_moves, peer_moves_of_layers
+from eplb_fsm.placement.worth import worth_of_layers
 
 CURRENT = Placement([[0, 1, 2, 3]] * 4, 4, 2)
 TARGET = Placement([[0, 2, 1, 3]] * 3 + [[0, 1, 2, 3]], 4, 2)
@@ -18,8 +19,10 @@ LOAD = np.array([[4.0, 4, 1, 1], [9, 9, 1, 1], [1, 4, 4, 1], [5, 5, 1, 1]])
 
 
 def _moved(max_bytes: int, row_bytes: tuple[int, ...] = (10, 10, 10, 10)) -> list[int]:
-    (placed,), wanted = within_budget([LOAD], [CURRENT], [TARGET], [BankShape("experts", row_bytes)], max_bytes)
-    assert wanted == 2 * sum(row_bytes[:3])
+    shapes, targets = [BankShape("experts", row_bytes)], [TARGET]
+    worth = worth_of_layers([LOAD], [CURRENT], targets, shapes, Thresholds(0.0), None)
+    assert worth.num_bytes.sum() == 2 * sum(row_bytes[:3])
+    (placed,) = within_budget(worth, [CURRENT], targets, max_bytes, must_pay=False)
     return np.flatnonzero(peer_moves_of_layers(CURRENT, placed)).tolist()
 
 
@@ -33,7 +36,8 @@ def test_what_saves_most_for_each_byte_goes_first() -> None:
     assert _moved(59) == [0, 1]
     assert _moved(39) == [1]
     assert _moved(19) == []
-    assert _moved(79, (10, 30, 10, 10)) == [0]  # 3 for 20 bytes is more than 8 for 60; then the other one is too large
+    assert _moved(79, (10, 30, 10, 10)) == [1]  # where an expert is three times as large, so is the time that it takes
+    assert _moved(59, (10, 30, 10, 10)) == [0]
     assert _moved(20, (30, 30, 10, 10)) == []
 
 
@@ -42,8 +46,8 @@ def test_banks_share_the_budget() -> None:
     one, other = LOAD[:1], LOAD[1:2]
     first, second = Placement([[0, 1, 2, 3]], 4, 2), Placement([[0, 2, 1, 3]], 4, 2)
     shapes = [BankShape("target", (10,)), BankShape("draft", (10,))]
-    placed, wanted = within_budget([one, other], [first] * 2, [second] * 2, shapes, 20)
-    assert (placed, wanted) == ([first, second], 40)
+    worth = worth_of_layers([one, other], [first] * 2, [second] * 2, shapes, Thresholds(0.0), None)
+    assert within_budget(worth, [first] * 2, [second] * 2, 20, must_pay=False) == [first, second]
 
 
 def test_the_next_epochs_bring_the_rest() -> None:
@@ -55,7 +59,7 @@ def test_the_next_epochs_bring_the_rest() -> None:
     goal = rank_loads(load, policy.plan(load, current, topology)).max(axis=1)
     num_epochs = 0
     while True:
-        plan = make_plan(policy, [load], [current], topology, shapes, Budget(100, 2, 100), 0.001)
+        plan = make_plan(policy, [load], [current], topology, shapes, Budget(100, 2, 100), Thresholds(0.001))
         if plan.skip_reason:
             break
         assert 0 < num_peer_moves(current, plan.banks[0]) * 10 <= 100
@@ -74,7 +78,7 @@ def test_a_budget_below_every_layer_says_so() -> None:
         Topology(2),
         [BankShape("e", (10,) * 4)],
         Budget(100, 2, 9),
-        0.01,
+        Thresholds(0.01),
     )
     assert "bytes, max_epoch_bytes=9 allows less" in plan.skip_reason
     assert plan.banks == (CURRENT,)

@@ -7,7 +7,17 @@ import pytest
 from fixed_policy import Fixed, plan_between
 
 from eplb_fsm.errors import BankError, ConfigError, LoadError, PlanError
-from eplb_fsm.placement import BankShape, Budget, Placement, Plan, Topology, get_policy, live_digest, make_plan
+from eplb_fsm.placement import (
+    BankShape,
+    Budget,
+    Placement,
+    Plan,
+    Thresholds,
+    Topology,
+    get_policy,
+    live_digest,
+    make_plan,
+)
 from eplb_fsm.placement.plan import encoded
 
 
@@ -165,7 +175,7 @@ def test_several_banks() -> None:
     """A chunk belongs to one bank, sizes are the layer's own, and digests cover all banks."""
     current, target, shapes = two_banks()
     loads = [np.ones((2, 4)), np.ones((1, 2))]
-    plan = make_plan(Fixed(*target), loads, current, Topology(2), shapes, Budget(20), -1.0)
+    plan = make_plan(Fixed(*target), loads, current, Topology(2), shapes, Budget(20), Thresholds(-1.0))
     assert [(c.bank, c.layers, c.begin_after) for c in plan.chunks] == [
         (0, (0,), -1),
         (0, (1,), -1),
@@ -189,7 +199,7 @@ def test_path_refuses_other_placements() -> None:
     """A plan can only be walked from the placements that it was made for."""
     current, target, shapes = two_banks()
     loads = [np.ones((2, 4)), np.ones((1, 2))]
-    plan = make_plan(Fixed(*target), loads, current, Topology(2), shapes, Budget(20), -1.0)
+    plan = make_plan(Fixed(*target), loads, current, Topology(2), shapes, Budget(20), Thresholds(-1.0))
     with pytest.raises(PlanError, match="starts from placements of digest"):
         plan.path(target)
 
@@ -201,7 +211,7 @@ SHAPES = [BankShape("experts", (10,))]
 
 def plan_for(min_gain: float, commit_bytes: int = 100, load: np.ndarray = LOAD) -> Plan:
     """A plan of DeepSeek's policy for one small layer."""
-    args = ([load], [CURRENT], Topology(4), SHAPES, Budget(commit_bytes), min_gain)
+    args = ([load], [CURRENT], Topology(4), SHAPES, Budget(commit_bytes), Thresholds(min_gain))
     return make_plan(get_policy("deepseek"), *args)
 
 
@@ -241,7 +251,7 @@ def test_a_budget_below_one_expert_is_skipped_naming_the_bytes() -> None:
 def test_a_policy_must_return_the_live_shape(target: Placement | None) -> None:
     """A policy that returns something else is named in the error."""
     with pytest.raises(PlanError, match="policy 'fixed' returned"):
-        make_plan(Fixed(target), [LOAD], [CURRENT], Topology(4), SHAPES, Budget(100), 0.0)
+        make_plan(Fixed(target), [LOAD], [CURRENT], Topology(4), SHAPES, Budget(100), Thresholds(0.0))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +274,7 @@ def test_arguments_that_do_not_fit_are_refused(
 ) -> None:
     """Loads, topology and banks that do not belong together raise one error that names them."""
     with pytest.raises(error, match=message):
-        make_plan(get_policy("deepseek"), loads, [CURRENT], topology, shapes, Budget(100), 0.0)
+        make_plan(get_policy("deepseek"), loads, [CURRENT], topology, shapes, Budget(100), Thresholds(0.0))
 
 
 def test_banks_must_share_their_ranks() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.errors import ConfigError
-from eplb_fsm.placement import Placement, Topology
+from eplb_fsm.placement import Placement, Thresholds, Topology
 from eplb_fsm.placement.shapes import BankShape, Budget
 from eplb_fsm.placement.task import PlanTask
 from eplb_fsm.runtime.planner import InlinePlanner, Planner, ProcessPlanner
@@ -28,11 +28,11 @@ _LOAD = np.arange(16, dtype=np.int64).reshape(2, 8)
 
 
 def _task(policy: str) -> PlanTask:
-    return PlanTask(policy, Topology(2), (BankShape("target", (64, 64)),), Budget(4096, 2), 0.0)
+    return PlanTask(policy, Topology(2), (BankShape("target", (64, 64)),), Budget(4096, 2), Thresholds(0.0))
 
 
 def _plan(planner: Planner) -> object:
-    planner.submit([_LOAD], [_CURRENT]).wait(10)
+    planner.submit([_LOAD], [_CURRENT], None).wait(10)
     return planner.result()
 
 
@@ -50,7 +50,7 @@ def test_both_planners_make_the_same_plan_and_leave_no_descriptor() -> None:
     planner.close()
     assert _num_open_files() == before
     with pytest.raises(WorkError, match="it was closed"):
-        planner.submit([_LOAD], [_CURRENT])
+        planner.submit([_LOAD], [_CURRENT], None)
 
 
 def test_a_planner_warms_its_policy_up() -> None:
@@ -65,7 +65,8 @@ def test_a_planner_warms_its_policy_up() -> None:
 def test_the_target_reaches_the_policy() -> None:
     """With a target that the placement reaches nothing moves; with a higher one something does."""
     skipped, moving = (
-        replace(_task("movement_aware"), target_balancedness=target).plan([_LOAD], [_CURRENT]) for target in (0.1, 0.99)
+        replace(_task("movement_aware"), target_balancedness=target).plan([_LOAD], [_CURRENT], None)
+        for target in (0.1, 0.99)
     )
     assert "already where the policy wants it" in _task("movement_aware").decode(skipped, (_CURRENT,)).skip_reason
     assert _task("movement_aware").decode(moving, (_CURRENT,)).chunks
@@ -139,7 +140,7 @@ import sys
 sys.path[:0] = {path!r}
 from tests.unit.runtime.test_planner import ProcessPlanner, _CURRENT, _LOAD, _task
 planner = ProcessPlanner(_task("tests.dist.policies:Marked"), start_timeout_s=30, plan_timeout_s=60)
-planner.submit([_LOAD], [_CURRENT])
+planner.submit([_LOAD], [_CURRENT], None)
 print(planner._process.pid, flush=True)
 sys.stdin.read()
 """
