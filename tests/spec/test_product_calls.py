@@ -69,6 +69,7 @@ def make_cluster(seed: int, observers: Callable[[int], Sequence[Observer]] = lam
         window_size=10,
         min_gain=0.0,
         horizon_steps=0,
+        cooldown_steps=3,
         max_slowdown=0.0,
         backoff_steps=5,
         drain_deadline_steps=30,
