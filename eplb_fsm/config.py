@@ -25,6 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("async", "sync"),
     "plan_source": ("lowest_rank", "every_rank"),
     "planner": ("process", "thread"),
+    "load_phases": ("together", "decode", "prefill"),
     "integrity": ("off", "wire", "slot"),
 }
 _AT_LEAST: dict[str, float] = {
@@ -63,6 +64,8 @@ _AT_MOST: dict[str, float] = {
     "moe_time_share": 1,
     "target_balancedness": 1,
 }
+_OR_AUTO: dict[str, type] = {"lag": int, "load_decay": float}
+"""Numbers in whose place "auto" may stand."""
 _MAX_SECONDS = 1_000_000
 _POSITIVE_SECONDS = (
     "vote_timeout_s",
@@ -94,6 +97,11 @@ class RebalanceConfig:
     """Steps between the starts of two epochs (vLLM's default); 0: only when some rank asks."""
     window_size: int = 1000
     """Steps of load that a plan is made from (vLLM's default), rounded up to whole idle rounds."""
+    load_phases: Literal["together", "decode", "prefill"] = "together"
+    """Which tokens count, where the engine says which are of prompts: all, or those of one phase."""
+    load_decay: float | Literal["auto"] = "auto"
+    """How much the load of earlier windows counts in a plan beside the last one, from 0 (nothing) to below 1, for each
+    window between. ``auto``: whichever of 0, 0.5, 0.75 and 0.9 foretold the last windows most closely."""
     num_redundant_experts: int = 0
     """Physical experts beyond one for each logical expert."""
     num_nodes: int = 1
@@ -165,7 +173,9 @@ class RebalanceConfig:
         """Validate every option on its own and those that depend on each other."""
         for field in fields(self):
             _check_type(field.name, getattr(self, field.name))
-            if isinstance(field.default, float):  # 5 and 5.0 are one configuration, so they need one fingerprint
+            if self._is_float(
+                field.name, field.default
+            ):  # 5 and 5.0 are one configuration, so they need one fingerprint
                 object.__setattr__(self, field.name, _as_float(field.name, getattr(self, field.name)))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -181,9 +191,14 @@ class RebalanceConfig:
                 raise _error(name, getattr(self, name), f"must be a number of seconds above 0, at most {_MAX_SECONDS}")
         self._check_relations()
 
+    def _is_float(self, name: str, default: object) -> bool:
+        return isinstance(default, float) or (_OR_AUTO.get(name) is float and getattr(self, name) != "auto")
+
     def _check_relations(self) -> None:
         if self.lag != "auto" and not 1 <= self.lag <= 1000:
             raise _error("lag", self.lag, 'must be "auto" or between 1 and 1000')
+        if self.load_decay != "auto" and not 0 <= self.load_decay < 1:
+            raise _error("load_decay", self.load_decay, 'must be "auto", or from 0 to below 1')
         if self.max_backoff_steps < self.backoff_steps:
             raise _error("max_backoff_steps", self.max_backoff_steps, "must not be below backoff_steps")
         if not self.policy:
@@ -245,12 +260,12 @@ def _check_type(name: str, value: object) -> None:
         raise _error(name, value, "must not be a boolean")
     default = RebalanceConfig.__dataclass_fields__[name].default
     wanted: type | types.UnionType = float | int if isinstance(default, float) else type(default)
-    if name == "lag":
-        wanted = int | str
+    if name in _OR_AUTO:
+        wanted = _OR_AUTO[name] | int | str
     if not isinstance(value, wanted):
         raise _error(name, value, f"must be of type {getattr(wanted, '__name__', wanted)}")
-    if name == "lag" and isinstance(value, str) and value != "auto":
-        raise _error(name, value, 'must be "auto" or a number of steps')
+    if name in _OR_AUTO and isinstance(value, str) and value != "auto":
+        raise _error(name, value, 'must be "auto" or a number')
 
 
 def _as_float(name: str, value: float) -> float:
@@ -274,7 +289,7 @@ def _parse(variable: str, text: str, hint: object) -> Any:
     elif hint is int:
         kinds = (int,)
     else:
-        kinds = (int, str)
+        kinds = (*(kind for kind in typing.get_args(hint) if kind in (int, float)), str)
     for kind in kinds:
         try:
             return kind(text)

@@ -151,7 +151,14 @@ class RebalanceFSM:
         self._next_due = self._core.next_due
         self._driver.arm()
 
-    def record(self, layer: int, topk_ids: torch.Tensor, valid: torch.Tensor | None = None, bank: int = 0) -> None:
+    def record(
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        bank: int = 0,
+        prefill: torch.Tensor | bool = False,
+    ) -> None:
         """Count the tokens of one MoE layer; inside the forward pass, never blocks, no host sync.
 
         Args:
@@ -159,7 +166,17 @@ class RebalanceFSM:
             topk_ids: Logical experts, int32 or int64 ``(num_tokens, top_k)``; -1 is not counted.
             valid: bool ``(num_tokens,)``, False for padding; None: all count.
             bank: Index of the bank.
+            prefill: Which tokens are of prompts, bool ``(num_tokens,)``, or one for all of them; ``load_phases`` says
+                which of the two are counted.
         """
+        phases = self._parts.config.load_phases
+        if phases != "together":
+            if isinstance(prefill, bool):
+                if prefill != (phases == "prefill"):
+                    return
+            else:
+                wanted = prefill if phases == "prefill" else ~prefill
+                valid = wanted if valid is None else valid & wanted
         self._parts.load_source.record(bank, layer, topk_ids, valid)
 
     def step(self, pass_id: int | None = None) -> None:
@@ -293,6 +310,7 @@ class RebalanceFSM:
             last_outcome=core.last_outcome,
             num_outcomes=dict(self._driver.num_outcomes),
             last_gain=self._parts.runner.gains.last,
+            load_predictability=self._parts.runner.load_predictability,
             why_stopped=self._driver.failure or (f"{reason}: {core.stop_detail}" if reason else ""),
             num_rounds=self._parts.rounds.num_read,
             num_late_rounds=self._parts.rounds.num_late,

@@ -31,6 +31,8 @@ class Health:
         why_stopped: Empty while rebalancing is possible; else the reason, with what to look at.
         num_outcomes: Epochs by outcome since the start.
         last_gain: What the last committed epoch promised, and what came of it; None before the first.
+        load_predictability: Share of the last window's load that went to the experts to which the windows before it had
+            it go; None before the second epoch.
         staging_bytes: Memory allocated for staging, once and for all.
         moved_bytes: Bytes of weights that this rank has written in commits; ``peer_bytes`` of them came over the wire.
         peers: The other ranks, where a watchdog runs.
@@ -47,6 +49,7 @@ class Health:
     last_outcome: Outcome | None
     num_outcomes: Mapping[str, int]
     last_gain: Gain | None
+    load_predictability: float | None
     why_stopped: str
     num_rounds: int
     num_late_rounds: int

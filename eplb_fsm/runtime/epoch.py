@@ -124,6 +124,11 @@ class EpochRunner:
         self._num_open_jobs -= 1
 
     @property
+    def load_predictability(self) -> float | None:
+        """How well the load before foretold the last window's; any thread."""
+        return self._jobs.estimator.predictability
+
+    @property
     def is_drained(self) -> bool:
         """True when no job is under way: no peer reads this rank's rows or writes its buffers."""
         return self._num_open_jobs == 0

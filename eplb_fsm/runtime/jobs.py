@@ -11,6 +11,7 @@ import torch
 
 from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.core.reasons import AbortReason
+from eplb_fsm.placement.estimate import LoadEstimator
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Chunk, Plan
 from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
@@ -43,6 +44,7 @@ class Jobs:
 
     Attributes:
         planner: None on ranks that receive their plan.
+        estimator: Remembers the load of earlier epochs, on every rank alike; worker thread only.
     """
 
     domain: Domain
@@ -54,6 +56,7 @@ class Jobs:
     planner: Planner | None
     pace: Pace
     mailbox: Mailbox
+    estimator: LoadEstimator
     num_exchanges: int = 0
 
     def make_plan(
@@ -108,7 +111,7 @@ class Jobs:
         yield self.transport.all_reduce_sum(total)
         self.mailbox.put(LoadCollected(epoch))
         yield self.pace.breathe()
-        loads = self._split(total.numpy(), current)
+        loads = self.estimator.update(self._split(total.numpy(), current))
         costs = costs_of(total[-len(measured) :].tolist(), self.domain.world_size, self.config, trust)
         if self.config.plan_source == "every_rank":
             encoded = yield from self._compute(loads, current, costs)

@@ -13,6 +13,7 @@ from eplb_fsm.errors import UsageError
 from eplb_fsm.load.recorder import LoadRecorder, LoadSource
 from eplb_fsm.observe.events import Observer
 from eplb_fsm.observe.health import Peer
+from eplb_fsm.placement.estimate import LoadEstimator
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.task import PlanTask
 from eplb_fsm.runtime.bank import Bank
@@ -194,6 +195,7 @@ def assemble(
         planner=planner,
         pace=pace,
         mailbox=mailbox,
+        estimator=LoadEstimator(config.load_decay),
     )
     runner = EpochRunner(jobs, worker, engine.device, load_source, engine.placements)
     # In sync mode ranks come to a round when their part of the work is done, so the phase's own limits add up.

@@ -145,6 +145,7 @@ def _make_config(**options: Any) -> RebalanceConfig:
         commit_bytes=ROW_BYTES,
         min_gain=0.0,
         horizon_steps=0,
+        load_decay=0.0,
         backoff_steps=1,
         max_backoff_steps=4,
         max_slowdown=0.0,

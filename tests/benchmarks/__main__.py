@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("idle_step", "pause", "itl", "identity", "placement")
+BENCHMARKS = ("idle_step", "pause", "itl", "identity", "placement", "estimate")
 
 
 def main() -> None:

@@ -68,7 +68,9 @@ def test_every_number_refuses_what_is_no_usable_number(name: str, value: Any) ->
         ({"plan_source": "any"}, "must be one of lowest_rank, every_rank"),
         ({"planner": "fork"}, "must be one of process, thread"),
         ({"lag": 0}, 'must be "auto" or between 1 and 1000'),
-        ({"lag": "soon"}, 'must be "auto" or a number of steps'),
+        ({"lag": "soon"}, 'must be "auto" or a number'),
+        ({"load_decay": 1}, 'load_decay = 1.0: must be "auto", or from 0 to below 1'),
+        ({"load_decay": float("nan")}, 'must be "auto", or from 0 to below 1'),
         ({"policy": ""}, "must name a policy"),
         ({"vote_timeout_s": 0}, "must be a number of seconds above 0"),
         ({"backoff_steps": 50, "max_backoff_steps": 20}, "must not be below backoff_steps"),
@@ -85,6 +87,7 @@ def test_messages_say_the_rule(options: dict[str, Any], words: str) -> None:
 def test_equal_values_have_one_fingerprint() -> None:
     """5 and 5.0 seconds are one configuration: ranks that read it from different sources do not differ."""
     assert RebalanceConfig(vote_timeout_s=5).fingerprint == RebalanceConfig(vote_timeout_s=5.0).fingerprint
+    assert RebalanceConfig(load_decay=0).fingerprint == RebalanceConfig(load_decay=0.0).fingerprint
     assert RebalanceConfig(lag=3).fingerprint != RebalanceConfig(lag=4).fingerprint
 
 
@@ -105,6 +108,8 @@ def test_variables_are_read_and_options_win() -> None:
     config = RebalanceConfig.from_env(environ, mode="async")
     assert (config.lag, config.min_gain, config.mode) == (7, 0.5, "async")
     assert RebalanceConfig.from_env({"EPLB_FSM_LAG": "auto"}).lag == "auto"
+    assert RebalanceConfig.from_env({"EPLB_FSM_LOAD_DECAY": "0.5"}).load_decay == 0.5
+    assert RebalanceConfig.from_env({"EPLB_FSM_LOAD_DECAY": "auto"}).load_decay == "auto"
 
 
 @given(name=st.sampled_from(NAMES), text=st.text(max_size=8))
