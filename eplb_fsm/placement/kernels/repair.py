@@ -238,11 +238,12 @@ def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> 
 
 @compiled
 def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Change:
-    """Look at all swaps of a slot of the heaviest rank."""
+    """Look at all swaps of a slot of the heaviest rank that could be better than the best change so far."""
     expert_at, load_of, share_at = layer.expert_at, layer.load_of, layer.share_at
     num_on, was_on, may_be_on = layer.num_on, layer.was_on, layer.may_be_on
     num_local = len(expert_at) // len(load_of)
     excess = load_of[heaviest] - limit
+    least_cost = _least_costs(layer, heaviest)
     for own in range(heaviest * num_local, (heaviest + 1) * num_local):
         expert = expert_at[own]
         if expert < 0:
@@ -250,9 +251,12 @@ def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Chang
         own_cost = 0.0 if was_on[expert, heaviest] else 1.0
         for rank in range(len(load_of)):
             room = limit - load_of[rank]
+            new_cost = (0.0 if was_on[expert, rank] else 1.0) - own_cost
+            most = min(excess, room, share_at[own])
+            if most < best.score * max(new_cost + least_cost[rank], _FREE) * (1.0 - _ROUNDING):
+                continue
             if room <= 0.0 or num_on[expert, rank] or not may_be_on[expert, rank]:
                 continue
-            new_cost = (0.0 if was_on[expert, rank] else 1.0) - own_cost
             for slot in range(rank * num_local, (rank + 1) * num_local):
                 sinks, other = share_at[own] - share_at[slot], expert_at[slot]
                 gain = min(sinks, excess) - max(sinks - room, 0.0)
@@ -266,6 +270,19 @@ def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Chang
                 if _is_better(score, evenness, best.score, best.evenness):
                     best = Change(own, slot, other, score, evenness)
     return best
+
+
+@compiled
+def _least_costs(layer: Layer, heaviest: int) -> Float64Array:
+    """For each rank what taking one of its experts may cost at least: 1, less if one came from elsewhere or goes home."""
+    least = np.ones(len(layer.load_of))
+    for slot in range(len(layer.expert_at)):
+        expert, rank = layer.expert_at[slot], layer.rank_of[slot]
+        if expert >= 0:
+            goes_home = layer.was_on[expert, heaviest] and not layer.num_on[expert, heaviest]
+            cost = (0.0 if goes_home else 1.0) - (0.0 if layer.was_on[expert, rank] else 1.0)
+            least[rank] = min(least[rank], cost)
+    return least
 
 
 @compiled
