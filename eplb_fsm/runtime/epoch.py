@@ -11,7 +11,7 @@ from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan, live_digest
 from eplb_fsm.runtime.costs import Measured
 from eplb_fsm.runtime.device import DeviceOps
-from eplb_fsm.runtime.jobs import Jobs
+from eplb_fsm.runtime.jobs import Jobs, PlanInput
 from eplb_fsm.runtime.pending import Done, Pending
 from eplb_fsm.runtime.staging import CommitProgram, enqueue_commit
 from eplb_fsm.runtime.worker import Job, Worker
@@ -70,8 +70,8 @@ class EpochRunner:
         self._epoch = epoch
         self._device.enqueue(self._load.snapshot)
         taken = self._device.record_event()
-        trust = self.gains.trust
-        self._submit(self._jobs.make_plan(epoch, self._load.snapshots, taken, self.placements, measured, trust))
+        brought = PlanInput(self._load.snapshots, taken, self.placements, measured, self.gains.trust)
+        self._submit(self._jobs.make_plan(epoch, brought))
 
     def accept_plan(self, plan: Plan, lag: int) -> PlanTerms:
         """Keep a plan and return what the core must know of it."""

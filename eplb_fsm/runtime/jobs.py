@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,25 @@ _PLANNING_RANK = 0
 """The lowest rank plans for all (``plan_source="lowest_rank"``)."""
 
 
+class PlanInput(NamedTuple):
+    """What a rank brings to a plan, taken at the agreed step at which its epoch starts.
+
+    Attributes:
+        snapshots: Its load of each bank, int64 ``(num_moe_layers, num_logical_experts)``, on the device; not read
+            before ``taken``.
+        taken: The event of the snapshot.
+        current: The live placement of each bank.
+        measured: What it knows of the cost of moving.
+        trust: Share of predicted gains that came true lately; the same on all ranks.
+    """
+
+    snapshots: Sequence[torch.Tensor]
+    taken: Pending
+    current: tuple[Placement, ...]
+    measured: Measured
+    trust: float
+
+
 @dataclass(slots=True)
 class Jobs:
     """Makes the jobs of one rank, and holds what they work with.
@@ -59,27 +79,9 @@ class Jobs:
     estimator: LoadEstimator
     num_exchanges: int = 0
 
-    def make_plan(
-        self,
-        epoch: int,
-        snapshots: Sequence[torch.Tensor],
-        taken: Pending,
-        current: tuple[Placement, ...],
-        measured: Measured,
-        trust: float,
-    ) -> Job:
-        """Return the job that sums the load of all ranks and ends with a validated plan on each.
-
-        Args:
-            epoch: The epoch.
-            snapshots: This rank's load of each bank, int64 ``(num_moe_layers, num_logical_experts)``, on the
-                device; not read before ``taken``.
-            taken: The event of the snapshot.
-            current: The live placement of each bank.
-            measured: What this rank knows of the cost of moving.
-            trust: Share of predicted gains that came true lately; the same on all ranks.
-        """
-        body = self._make_plan(epoch, snapshots, taken, current, measured, trust)
+    def make_plan(self, epoch: int, brought: PlanInput) -> Job:
+        """Return the job that sums the load of all ranks and ends with a validated plan on each."""
+        body = self._make_plan(epoch, brought)
         return Job(epoch, AbortReason.LOAD_ERROR, body, self._wait_limit_s)
 
     def stage(self, epoch: int, plan: Plan, chunk: Chunk, after: Pending) -> Job:
@@ -96,15 +98,8 @@ class Jobs:
     def _wait_limit_s(self) -> float:
         return self.config.transfer_timeout_s + self.config.plan_timeout_s
 
-    def _make_plan(
-        self,
-        epoch: int,
-        snapshots: Sequence[torch.Tensor],
-        taken: Pending,
-        current: tuple[Placement, ...],
-        measured: Measured,
-        trust: float,
-    ) -> Iterator[Pending]:
+    def _make_plan(self, epoch: int, brought: PlanInput) -> Iterator[Pending]:
+        snapshots, taken, current, measured, trust = brought
         yield taken
         parts = [snapshot.reshape(-1).to("cpu", torch.int64) for snapshot in snapshots]
         total = torch.cat([*parts, torch.tensor(measured, dtype=torch.int64)])

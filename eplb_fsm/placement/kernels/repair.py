@@ -274,7 +274,7 @@ def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Chang
 
 @compiled
 def _least_costs(layer: Layer, heaviest: int) -> Float64Array:
-    """For each rank what taking one of its experts may cost at least: 1, less if one came from elsewhere or goes home."""
+    """For each rank what taking one of its experts costs at least: 1, less if one came from elsewhere or goes home."""
     least = np.ones(len(layer.load_of))
     for slot in range(len(layer.expert_at)):
         expert, rank = layer.expert_at[slot], layer.rank_of[slot]
