@@ -119,7 +119,9 @@ class Chunk:
         return self.idx, self.bank, self.begin_after, self.digest_after, self.num_local_physical_experts
 
 
-def cut_into_chunks(current: Placement, target: Placement, shape: BankShape, budget: Budget) -> list[Int64Array]:
+def cut_into_chunks(
+    current: Placement, target: Placement, shape: BankShape, budget: Budget, num_nodes: int
+) -> list[Int64Array]:
     """Moves of one bank from `current` to `target`, cut by the budget.
 
     Whole layers are one part, as many to a chunk as fit. A layer too big for the budget is cut into
@@ -131,6 +133,8 @@ def cut_into_chunks(current: Placement, target: Placement, shape: BankShape, bud
         target: Where to go, up to the order of slots within a rank.
         shape: Sizes of the bank's experts; every one fits `budget.commit_bytes`.
         budget: Bounds of a chunk.
+        num_nodes: Nodes that the ranks stand on, equally many neighbours on each; a copy on the receiver's node is
+            sent where there is one and its rank has the budget.
 
     Returns:
         (n, 4) int64 for each chunk, ascending by layer and destination: layer, destination slot, source
@@ -146,6 +150,7 @@ def cut_into_chunks(current: Placement, target: Placement, shape: BankShape, bud
             current.num_local_physical_experts,
             budget.commit_bytes // shape.row_bytes[difference.layer],
             sent,
+            current.num_ranks // num_nodes,
         )
         for turn, part in enumerate(parts):
             if turn == len(turns):

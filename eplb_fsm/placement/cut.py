@@ -42,6 +42,7 @@ def cut_layer(
     num_local: int,
     budget: int,
     sent: list[int],
+    ranks_per_node: int,
 ) -> list[Part]:
     """Cut the change of one layer into parts.
 
@@ -53,11 +54,12 @@ def cut_layer(
         budget: Most expert rows that a rank writes in a part, and most that it sends; 1 or more.
         sent: Rows that each rank sends in the parts cut so far, of all layers; breaks ties among senders
             and is counted up.
+        ranks_per_node: Neighbouring ranks that prefer to send to each other.
 
     Returns:
         Parts in the order in which they must be committed; together they are the whole change.
     """
-    cutter = _Cutter(difference, list(row), num_logical_experts, num_local, budget, sent)
+    cutter = _Cutter(difference, list(row), num_logical_experts, num_local, budget, sent, ranks_per_node)
     parts = []
     while any(difference.outgoing):
         parts.append(cutter.take_part())
@@ -75,10 +77,12 @@ class _Cutter:
         num_local: int,
         budget: int,
         sent: list[int],
+        ranks_per_node: int,
     ) -> None:
         self._difference = difference
         self._outgoing, self._incoming = difference.outgoing, difference.incoming
         self._row, self._num_local, self._budget, self._sent = row, num_local, budget, sent
+        self._ranks_per_node = ranks_per_node
         # One more entry, which copies[-1] reads: an empty slot may always be overwritten.
         self._copies = [0] * num_experts + [2]
         for expert in row:
@@ -89,7 +93,7 @@ class _Cutter:
     def take_part(self) -> Part:
         """Take as many moves as the budget and a valid outcome allow, and apply them."""
         holders = holders_of(self._row, self._num_local)
-        self._senders = SenderChoice(holders, self._budget, self._sent)
+        self._senders = SenderChoice(holders, self._budget, self._sent, self._ranks_per_node)
         self._writes = [0] * len(self._outgoing)
         self._taken: list[tuple[int, int]] = []
         while any(self._outgoing) and (self._take_single_moves() or self._close_cycle()):

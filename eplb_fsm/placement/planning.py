@@ -69,7 +69,7 @@ def make_plan(
     chunks = [
         (bank, moves)
         for bank, (placement, target, shape) in enumerate(zip(current, targets, shapes, strict=True))
-        for moves in (() if reason else cut_into_chunks(placement, target, shape, budget))
+        for moves in (() if reason else cut_into_chunks(placement, target, shape, budget, topology.num_nodes))
     ]
     if not chunks and not reason:
         reason = f"{NO_GAIN}: every expert is already where the policy wants it"

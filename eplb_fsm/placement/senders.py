@@ -1,4 +1,4 @@
-"""Which copy of an expert is read when a rank needs it: local if there is one, else balanced."""
+"""Which copy of an expert is read when a rank needs it: local if there is one, else one of its node, else balanced."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ class SenderChoice:
         holders: Where the experts are before the part.
         budget: Most rows that one rank sends in the part.
         sent: Rows that each rank sends in earlier parts; breaks ties, and is counted up by `settle`.
+        ranks_per_node: Neighbouring ranks between which bytes are cheaper than between others.
     """
 
-    def __init__(self, holders: Holders, budget: int, sent: list[int]) -> None:
+    def __init__(self, holders: Holders, budget: int, sent: list[int], ranks_per_node: int) -> None:
         self._holders, self._budget, self._sent = holders, budget, sent
+        self._ranks_per_node = ranks_per_node
         self.counts = [0] * len(sent)
         # (expert, receiving rank) -> sending rank; one transfer however many slots it is written to.
         self._sender: dict[tuple[int, int], int] = {}
@@ -54,7 +56,7 @@ class SenderChoice:
                 held = self._holders[expert]
                 if rank in held or (expert, rank) in self._sender:
                     continue
-                sender = self._least_loaded(held)
+                sender = self._best(held, rank)
                 self.counts[sender] += 1
                 if self.counts[sender] > self._budget:
                     return False
@@ -70,7 +72,7 @@ class SenderChoice:
         if rank in held:
             self._sender[expert, rank] = rank
             return
-        sender = self._least_loaded(held)
+        sender = self._best(held, rank)
         self._sender[expert, rank] = sender
         self.counts[sender] += 1
 
@@ -85,13 +87,15 @@ class SenderChoice:
             for key, sender in self._sender.items()
             if sender != key[1] and len(self._holders[key[0]]) > 1
         ]
-        # Each change lowers the sum of squares of the counts, so this ends.
+        # Each change brings a transfer into its node, or lowers the sum of squares of the counts, so this ends.
         changed = bool(movable)
         while changed:
             changed = False
             for key, held in movable:
-                now, best = self._sender[key], self._least_loaded(held)
-                if self.counts[best] + 1 < self.counts[now]:
+                now, best = self._sender[key], self._best(held, key[1])
+                farther = self._is_far(now, key[1]) - self._is_far(best, key[1])
+                is_nearer = farther > 0 and self.counts[best] < self._budget
+                if is_nearer or (farther == 0 and self.counts[best] + 1 < self.counts[now]):
                     self._sender[key] = best
                     self.counts[now] -= 1
                     self.counts[best] += 1
@@ -100,8 +104,15 @@ class SenderChoice:
             self._sent[rank] += count
         return self._sender
 
-    def _least_loaded(self, held: dict[int, int]) -> int:
+    def _best(self, held: dict[int, int], receiver: int) -> int:
+        """Within the budget, on the receiver's node if there is one, the least loaded."""
         if len(held) == 1:
             return next(iter(held))
-        counts, sent = self.counts, self._sent
-        return min(held, key=lambda rank: (counts[rank], sent[rank], rank))
+        counts, sent, budget = self.counts, self._sent, self._budget
+        return min(
+            held,
+            key=lambda rank: (counts[rank] >= budget, self._is_far(rank, receiver), counts[rank], sent[rank], rank),
+        )
+
+    def _is_far(self, sender: int, receiver: int) -> bool:
+        return sender // self._ranks_per_node != receiver // self._ranks_per_node

@@ -44,11 +44,12 @@ class Problem:
     target: tuple[Placement, ...]
     shapes: tuple[BankShape, ...]
     budget: Budget
+    num_nodes: int = 1
 
     def plan(self) -> Plan:
         """The plan that solves it, whatever it gains."""
         loads = [np.ones((p.num_moe_layers, p.num_logical_experts)) for p in self.current]
-        topology = Topology(self.current[0].num_ranks)
+        topology = Topology(self.current[0].num_ranks, self.num_nodes)
         policy = Targets(list(self.target))
         return make_plan(policy, loads, self.current, topology, self.shapes, self.budget, Thresholds(-2.0))
 
@@ -78,4 +79,5 @@ def problems(draw: st.DrawFn) -> Problem:
     largest = max(size for shape in shapes for size in shape.row_bytes)
     budget = Budget(draw(st.integers(largest, 5 * largest)), draw(st.integers(1, 3)))
     current, target = zip(*pairs, strict=True)
-    return Problem(current, target, shapes, budget)
+    num_nodes = draw(st.sampled_from([nodes for nodes in range(1, num_ranks + 1) if num_ranks % nodes == 0]))
+    return Problem(current, target, shapes, budget, num_nodes)

@@ -115,8 +115,12 @@ def check_begin_after(chunks: Sequence[Chunk], staging_buffers: int) -> None:
         assert chunk.begin_after == max([-1, i - staging_buffers, *conflicts])
 
 
-def check_senders(plan: Plan) -> None:
-    """In no part of a layer could a transfer come from a rank that sends at least two fewer."""
+def check_senders(plan: Plan, shapes: Sequence[BankShape], budget: Budget, num_nodes: int) -> None:
+    """In no part of a layer could a transfer come from a nearer rank, or from one as near that sends two fewer.
+
+    A nearer one may have sent all that it may.
+    """
+    per_node = plan.base[0].num_ranks // num_nodes
     banks = [contents_of(placement) for placement in plan.base]
     for chunk in plan.chunks:
         contents, num_local = banks[chunk.bank], chunk.num_local_physical_experts
@@ -127,7 +131,11 @@ def check_senders(plan: Plan) -> None:
                 if at == layer and src // num_local != dst // num_local
             }
             sends = Counter(src for src, _, _ in transfers)
-            for src, _, expert in transfers:
+            most = budget.commit_bytes // shapes[chunk.bank].row_bytes[layer]
+            for src, dst, expert in transfers:
                 holders = {slot // num_local for slot, held in enumerate(contents[layer]) if held == expert}
-                assert all(sends[src] <= sends[other] + 1 for other in holders)
+                near = {rank for rank in holders if rank // per_node == dst // per_node}
+                alike = near if src in near else holders - near
+                assert all(sends[src] <= sends[other] + 1 for other in alike)
+                assert src in near or all(sends[other] >= most for other in near)
         apply(chunk, contents, set())

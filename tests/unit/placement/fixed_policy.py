@@ -21,14 +21,14 @@ class Fixed:
 
 
 def plan_between(
-    current: Placement, target: Placement, rows: int, staging_buffers: int = 2, row_bytes: int = 10
+    current: Placement, target: Placement, rows: int, staging_buffers: int = 2, row_bytes: int = 10, num_nodes: int = 1
 ) -> Plan:
     """The plan from one placement to another, when a rank may write and send `rows` experts in a chunk."""
     return make_plan(
         Fixed(target),
         [np.ones((current.num_moe_layers, current.num_logical_experts))],
         [current],
-        Topology(current.num_ranks),
+        Topology(current.num_ranks, num_nodes),
         [BankShape("experts", (row_bytes,) * current.num_moe_layers)],
         Budget(rows * row_bytes, staging_buffers),
         thresholds=Thresholds(-1.0),

@@ -93,6 +93,24 @@ def test_senders_even_out_after_forced_choices() -> None:
     assert sorted(zip(chunk.src_ranks.tolist(), chunk.moves[:, 3].tolist(), strict=True)) == [(0, 1), (1, 0)]
 
 
+def test_a_copy_on_the_same_node_is_sent() -> None:
+    """Rank 3 needs an expert that ranks 1 and 2 hold, and another one of rank 2: it gets both from its neighbour."""
+    current = one_layer([1, 2, 3, 0, 4, 3, 0, 5, 3, 6, 3, 4], 7, 4)
+    target = one_layer([1, 2, 3, 0, 4, 3, 0, 5, 3, 6, 0, 5], 7, 4)
+    for num_nodes, senders in ((1, [2, 1]), (2, [2, 2])):
+        (chunk,) = plan_between(current, target, 9, num_nodes=num_nodes).chunks
+        assert chunk.src_ranks.tolist() == senders
+
+
+def test_a_copy_of_another_node_is_sent_where_the_near_one_has_no_budget() -> None:
+    """Ranks 4 and 5 need an expert of their neighbour 3 and of rank 0; what one rank may send in a chunk decides."""
+    current = one_layer([0, 1, 2, 6, 3, 6, 0, 4, 5, 6, 7, 6], 8, 6)
+    target = one_layer([0, 1, 2, 6, 3, 6, 0, 4, 5, 0, 7, 0], 8, 6)
+    for rows, senders in ((9, [3, 3]), (1, [3, 0])):
+        (chunk,) = plan_between(current, target, rows, num_nodes=2).chunks
+        assert chunk.src_ranks.tolist() == senders
+
+
 def test_a_cycle_does_not_overdraw_a_sender() -> None:
     """A cycle that would take a rank over what it may send waits for the next part."""
     # Found by random search: here two experts of one cycle can only be read from the same rank.
