@@ -46,9 +46,10 @@ class StepGauge:
             return
         self._baseline.append(step_s)
         self._recent.clear()
-        self.measured = self.measured._replace(step_ns=round(median(self._baseline) * 1e9))
+        usual_s = median(self._baseline)
+        self.measured = self.measured._replace(step_ns=round(usual_s * 1e9))
         if self._max_slowdown:
-            self._pace.set_breath(median(self._baseline))
+            self._pace.set_breath(usual_s)
 
     def _keep_pace(self) -> None:
         if not self._max_slowdown or len(self._baseline) < 2 or len(self._recent) < _NUM_RECENT:
