@@ -6,10 +6,13 @@ import json
 import multiprocessing
 import os
 import platform
+import queue
 import socket
+import time
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -68,15 +71,37 @@ def run_ranks(num_ranks: int, target: Callable[..., Any], *args: object, timeout
     for process in processes:
         process.start()
     try:
-        answers = [results.get(timeout=timeout_s) for _ in processes]
-    finally:
+        answers = _collect(results, processes, timeout_s)
+    except BaseException:
         for process in processes:
-            process.join(timeout=5)
             process.kill()
-    for rank, _, error in sorted(answers, key=lambda answer: answer[0]):
+        raise
+    for process in processes:
+        process.join(timeout=5)
+        process.kill()
+    return [answers[rank] for rank in range(num_ranks)]
+
+
+def _collect(
+    results: Queue[tuple[int, Any, str]], processes: Sequence[BaseProcess], timeout_s: float
+) -> dict[int, Any]:
+    """Wait for the answers of all ranks; one that fails, or ends without an answer, ends the wait."""
+    answers: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(answers) < len(processes):
+        try:
+            rank, answer, error = results.get(timeout=1)
+        except queue.Empty:
+            ended = [rank for rank, process in enumerate(processes) if process.exitcode and rank not in answers]
+            if ended or time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"no answer from ranks {ended or sorted({*range(len(processes))} - {*answers})}"
+                ) from None
+            continue
         if error:
             raise RuntimeError(f"rank {rank} failed:\n{error}")
-    return [answer for _, answer, _ in sorted(answers, key=lambda answer: answer[0])]
+        answers[rank] = answer
+    return answers
 
 
 def _run_rank(
