@@ -173,9 +173,8 @@ class RebalanceConfig:
         """Validate every option on its own and those that depend on each other."""
         for field in fields(self):
             _check_type(field.name, getattr(self, field.name))
-            if self._is_float(
-                field.name, field.default
-            ):  # 5 and 5.0 are one configuration, so they need one fingerprint
+            # 5 and 5.0 are one configuration, so they need one fingerprint.
+            if self._is_float(field.name, field.default):
                 object.__setattr__(self, field.name, _as_float(field.name, getattr(self, field.name)))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:

@@ -25,7 +25,8 @@ class Gain(NamedTuple):
         epoch: The epoch.
         before: Under the load that it was planned for, with the placement that it began with.
         predicted: Under the same load, with the placement that it made.
-        measured: With that placement, under the load of the window that the next plan was made for; None until then.
+        measured: With that placement, under the load that the next plan was made for: the next window, and what earlier
+            ones still count beside it (``load_decay``); None until then.
     """
 
     epoch: int
@@ -47,7 +48,7 @@ class Gain(NamedTuple):
 
 
 class GainWatch:
-    """Compares each committed plan with what the next window shows; decode thread only.
+    """Compares each committed plan with what the next load shows; decode thread only.
 
     Args:
         is_telling: Whether this rank writes it to the log; all ranks know the same, so one is enough.
@@ -68,7 +69,7 @@ class GainWatch:
         self.last = Gain(epoch, plan.balancedness_before, plan.balancedness_after)
 
     def planned(self, plan: Plan) -> None:
-        """Take from a new plan how balanced the live placement is under the window that it was made for."""
+        """Take from a new plan how balanced the live placement is under the load that it was made for."""
         if plan.skip_reason:
             self.trust += _FORGIVING * (1.0 - self.trust)
         if self.last is None or self.last.measured is not None:
@@ -78,7 +79,7 @@ class GainWatch:
         if self._is_telling:
             logger.log(
                 logging.WARNING if gain.stayed_away else logging.INFO,
-                "epoch %d: balancedness %.3f was to become %.3f, and is %.3f in the next window%s",
+                "epoch %d: balancedness %.3f was to become %.3f, and is %.3f under the next load%s",
                 *(gain.epoch, gain.before, gain.predicted, plan.balancedness_before),
                 "; the load changes faster than it is followed: see step_interval and window_size"
                 if gain.stayed_away

@@ -72,7 +72,7 @@ def test_an_epoch_that_does_not_pay_says_what_it_weighed() -> None:
 
 
 def test_nothing_moves_while_the_layers_are_balanced_enough() -> None:
-    """The mean balancedness of 0.76 is compared before the policy is asked; 1 is no bound."""
+    """The mean balancedness of 0.73 is compared before the policy is asked; 1 is no bound."""
     assert _moved(_plan(Thresholds(0.0, trigger_balancedness=0.73), None)) == [0, 1, 2]
     plan = _plan(Thresholds(0.0, trigger_balancedness=0.72), None)
     assert plan.skip_reason == "balanced: mean balancedness 0.7269, trigger_balancedness=0.72"
