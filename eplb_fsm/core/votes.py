@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from operator import invert
 from typing import NamedTuple
 
 from eplb_fsm.core.reasons import AbortReason, StopReason, decode_reason
@@ -96,12 +97,12 @@ class Tally(NamedTuple):
 
 def encode_vote(vote: Vote) -> list[int]:
     """Return the ``2 * NUM_VOTE_WORDS`` words that a MAX reduction is made over."""
-    return [*vote, *(~word for word in vote)]
+    return [*vote, *map(invert, vote)]
 
 
 def decode_tally(words: Sequence[int]) -> Tally:
     """Return the tally from the MAX-reduced words of :func:`encode_vote`."""
-    return Tally(Vote(*words[:NUM_VOTE_WORDS]), Vote(*(~word for word in words[NUM_VOTE_WORDS:])))
+    return Tally(Vote(*words[:NUM_VOTE_WORDS]), Vote(*map(invert, words[NUM_VOTE_WORDS:])))
 
 
 def tally_votes(votes: Iterable[Vote]) -> Tally:

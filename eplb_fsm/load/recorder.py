@@ -51,20 +51,23 @@ class LoadSource(Protocol):
 class LoadRecorder:
     """Tokens per logical expert and layer of the last `num_buckets` buckets and the open one.
 
+    The counters only ever grow (int64 holds a million tokens a second for 290,000 years).
+
     All methods only enqueue on the current stream of the calling thread, which must be the decode
     thread's compute stream; none blocks.
 
     Args:
         shapes: (num_moe_layers, num_logical_experts) of each bank.
         device: Where the routing happens.
-        num_buckets: Closed buckets in the window; more of them forget old load more smoothly.
+        num_buckets: Closed buckets in the window; more of them forget old load more smoothly, and closing one is a
+            good part of what an idle round costs.
 
     Raises:
         ConfigError: no bank, or a number that is not positive.
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[int, int]], device: torch.device | str = "cpu", num_buckets: int = 8
+        self, shapes: Sequence[tuple[int, int]], device: torch.device | str = "cpu", num_buckets: int = 4
     ) -> None:
         if num_buckets < 1:
             raise ConfigError(f"num_buckets is {num_buckets}; set it to 1 or more")
@@ -75,15 +78,17 @@ class LoadRecorder:
         # One flat run of int64 for all banks, so that rotate and snapshot are the same few operations
         # however many banks there are.
         size = sum(layers * (experts + _PADDING_COLUMNS) for layers, experts in shapes)
-        self._open = torch.zeros(size, dtype=torch.int64, device=device)
-        self._ring = torch.zeros((num_buckets, size), dtype=torch.int64, device=device)
+        self._total = torch.zeros(size, dtype=torch.int64, device=device)
+        # What the total was where each bucket of the window begins, the open one included: then closing a bucket is
+        # one copy, and the window's sum one subtraction.
+        self._starts = torch.zeros((num_buckets + 1, size), dtype=torch.int64, device=device)
+        self._buckets = tuple(self._starts)
+        self._open_bucket = 0
         self._sum = torch.zeros(size, dtype=torch.int64, device=device)
-        self._buckets = tuple(self._ring)
-        self._next_bucket = 0
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._ones = self._one
         self._nobody = torch.full((), -1, dtype=torch.int64, device=device)
-        self._rows = _rows(self._open, shapes)
+        self._rows = _rows(self._total, shapes)
         self._edges = {
             (bank, dtype): torch.arange(experts + 1, dtype=dtype, device=device)
             for bank, (_, experts) in enumerate(shapes)
@@ -97,7 +102,7 @@ class LoadRecorder:
     @property
     def num_buckets(self) -> int:
         """Closed buckets that the window holds."""
-        return len(self._buckets)
+        return len(self._buckets) - 1
 
     def record(self, bank: int, layer: int, topk_ids: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Count the routing of one layer's forward pass.
@@ -128,9 +133,13 @@ class LoadRecorder:
 
     def rotate(self) -> None:
         """Close the open bucket; the oldest closed one leaves the window."""
-        self._buckets[self._next_bucket].copy_(self._open)
-        self._open.zero_()
-        self._next_bucket = (self._next_bucket + 1) % len(self._buckets)
+        self._open_bucket = self._next_bucket
+        self._buckets[self._open_bucket].copy_(self._total)
+
+    @property
+    def _next_bucket(self) -> int:
+        """Also the oldest one."""
+        return (self._open_bucket + 1) % len(self._buckets)
 
     def snapshot(self) -> torch.Tensor:
         """Copy the window's sum to the snapshot tensors, then set the window to zero.
@@ -139,12 +148,10 @@ class LoadRecorder:
             int64 (sum over banks of num_moe_layers * num_logical_experts,), of which `snapshots` are
             views: always the same tensor, overwritten by the next call.
         """
-        torch.sum(self._ring, 0, out=self._sum)
-        self._sum.add_(self._open)
+        torch.sub(self._total, self._buckets[self._next_bucket], out=self._sum)
         for snapshot, counts in self._copies:
             snapshot.copy_(counts)
-        self._ring.zero_()
-        self._open.zero_()
+        self._starts.copy_(self._total)
         return self._snapshot
 
     def _refused(self, bank: int, layer: int, topk_ids: torch.Tensor) -> LoadError:

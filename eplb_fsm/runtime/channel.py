@@ -6,9 +6,10 @@ blocking. Votes are posted from the decode thread only, on a group of their own.
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from eplb_fsm.core.votes import NUM_VOTE_WORDS, Tally, Vote, decode_tally, encod
 from eplb_fsm.errors import ChannelError
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.gloo import make_group
+
+_WORDS = struct.Struct(f"{2 * NUM_VOTE_WORDS}q")
 
 
 class VoteChannel(Protocol):
@@ -47,6 +50,24 @@ class VoteChannel(Protocol):
         ...
 
 
+class _Ballot(NamedTuple):
+    """Words for an all-reduce, and the memory under them: reading and writing there costs less than any tensor call."""
+
+    buffer: bytearray
+    words: torch.Tensor
+
+    @classmethod
+    def make(cls) -> _Ballot:
+        buffer = bytearray(_WORDS.size)
+        return cls(buffer, torch.frombuffer(buffer, dtype=torch.int64))
+
+
+class _Posted(NamedTuple):
+    round_idx: int
+    ballot: _Ballot
+    work: Any
+
+
 class GlooVoteChannel:
     """One asynchronous MAX all-reduce of ``2 * NUM_VOTE_WORDS`` int64 on a gloo group of its own.
 
@@ -67,54 +88,54 @@ class GlooVoteChannel:
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MAX
         self._options = options
-        self._pending: deque[tuple[int, torch.Tensor, Any]] = deque()
-        self._spare: list[torch.Tensor] = []
-        """Of rounds that are complete: making a tensor from a list costs more than the rest of a post."""
+        self._pending: deque[_Posted] = deque()
+        self._spare: list[_Ballot] = []
+        """Of rounds that are complete."""
 
     def post(self, vote: Vote) -> None:
         """Enqueue the all-reduce of this round."""
-        words = self._spare.pop() if self._spare else torch.empty(2 * NUM_VOTE_WORDS, dtype=torch.int64)
-        words.numpy()[:] = encode_vote(vote)
+        ballot = self._spare.pop() if self._spare else _Ballot.make()
+        _WORDS.pack_into(ballot.buffer, 0, *encode_vote(vote))
         try:
-            work = self._group.allreduce([words], self._options)
+            work = self._group.allreduce([ballot.words], self._options)
         except RuntimeError as error:
             raise ChannelError(f"the vote group is lost: {error}") from error
-        self._pending.append((vote.round_idx, words, work))
+        self._pending.append(_Posted(vote.round_idx, ballot, work))
 
     def poll(self, round_idx: int) -> Tally | None:
         """Return the tally once the all-reduce is complete."""
-        words, work = self._find(round_idx)
-        if not work.is_completed():
+        posted = self._find(round_idx)
+        if not posted.work.is_completed():
             return None
         try:
-            work.wait()
+            posted.work.wait()
         except RuntimeError as error:
             raise ChannelError(f"the vote group is lost: {error}") from error
-        while self._pending and self._pending[0][0] <= round_idx:
-            _, read, work = self._pending.popleft()
-            if work.is_completed():  # else gloo may still write it
-                self._spare.append(read)
-        return decode_tally(words.tolist())
+        tally = decode_tally(_WORDS.unpack_from(posted.ballot.buffer))
+        while self._pending and self._pending[0].round_idx <= round_idx:
+            read = self._pending.popleft()
+            if read is posted or read.work.is_completed():  # else gloo may still write it
+                self._spare.append(read.ballot)
+        return tally
 
     def wait(self, round_idx: int, timeout_s: float) -> None:
         """Wait for the all-reduce; a failure shows in the next :meth:`poll`."""
-        _, work = self._find(round_idx)
         try:
-            work.wait(timedelta(seconds=max(timeout_s, 0.001)))
+            self._find(round_idx).work.wait(timedelta(seconds=max(timeout_s, 0.001)))
         except RuntimeError:
             return
 
-    def _find(self, round_idx: int) -> tuple[torch.Tensor, Any]:
-        for posted_idx, words, work in self._pending:
-            if posted_idx == round_idx:
-                return words, work
+    def _find(self, round_idx: int) -> _Posted:
+        for posted in self._pending:
+            if posted.round_idx == round_idx:
+                return posted
         raise ChannelError(f"round {round_idx} was never posted on this channel")
 
     def close(self) -> None:
         """Drop the group; a vote under way is finished by its own thread first where the peers are there."""
-        for _, _, work in self._pending:
+        for posted in self._pending:
             try:
-                work.wait(timedelta(seconds=0.2))
+                posted.work.wait(timedelta(seconds=0.2))
             except RuntimeError:
                 break
         self._pending.clear()

@@ -49,6 +49,7 @@ class Driver:
         self._requests: deque[tuple[str, Callable[[], None]]] = deque()
         self._is_sync = parts.config.mode == "sync"
         self._last_rotate_step = 0
+        self._bucket_steps = parts.config.window_size / parts.load_source.num_buckets
         self._late_mark = (0, 0)
         self._fatal: EplbError | None = None
         self._is_overdue = False
@@ -135,6 +136,8 @@ class Driver:
     def _post(self, pass_id: int, now: float) -> None:
         self._take_requests()
         self._rotate_window()
+        if not self._runner.is_worker_alive:
+            self._work_failed(self.core.epoch, AbortReason.WORKER_DIED, "the worker thread is gone")
         self.core.drained = self._runner.is_drained
         vote = self.core.post_vote(pass_id)
         self._recorder.record_vote(vote)  # first, so that the trace of a rank that dies has every vote that others read
@@ -173,8 +176,21 @@ class Driver:
             self._raise_lag()
 
     def _carry_out(self, decision: Decision, action: str, lost: str = "") -> None:
+        if decision.kind is not DecisionKind.NONE:  # most rounds decide nothing
+            self._act(decision)
+        self._recorder.record(
+            action,
+            decision=decision.kind.value,
+            reason=decision.reason.name if decision.reason else "",
+            outcome=self._note_outcome(),
+            earliest_next_step=self.core.earliest_next_step,
+            lost=lost,
+        )
+
+    def _act(self, decision: Decision) -> None:
         kind = decision.kind
         if kind is DecisionKind.START:
+            self._parts.gauge.start()
             self._runner.start(self.core.epoch, self._parts.gauge.measured)
         elif kind is DecisionKind.BEGIN:
             self._runner.begin()
@@ -182,17 +198,10 @@ class Driver:
         elif kind is DecisionKind.COMMIT:
             self._commit()
             self._note_transfer()
+        elif kind in (DecisionKind.ABORT, DecisionKind.STOP):
+            self._log(decision)
         if not self.core.is_active:
             self._runner.drop()
-        self._recorder.record(
-            action,
-            decision=kind.value,
-            reason=decision.reason.name if decision.reason else "",
-            outcome=self._note_outcome(),
-            earliest_next_step=self.core.earliest_next_step,
-            lost=lost,
-        )
-        self._log(decision)
 
     def _commit(self) -> None:
         """Make the chunk live. It was promised; if it cannot be done, no forward pass may follow."""
@@ -248,12 +257,11 @@ class Driver:
     # -- what the worker reports ----------------------------------------------------------------------------
 
     def _take_messages(self) -> None:
-        self._runner.run_inline()
+        if self._is_sync:
+            self._runner.run_inline()
         mailbox = self._parts.mailbox
         while not mailbox.empty():
             self._take(mailbox.get_nowait())
-        if not self._runner.is_worker_alive:
-            self._work_failed(self.core.epoch, AbortReason.WORKER_DIED, "the worker thread is gone")
 
     def _take(self, message: messages.Message) -> None:
         core = self.core
@@ -304,8 +312,7 @@ class Driver:
 
     def _rotate_window(self) -> None:
         """Close a bucket of the load window once enough steps have passed; the same step on all ranks."""
-        bucket_steps = self._parts.config.window_size / self._parts.load_source.num_buckets
-        if self.core.step_idx - self._last_rotate_step >= bucket_steps:
+        if self.core.step_idx - self._last_rotate_step >= self._bucket_steps:
             self._last_rotate_step = self.core.step_idx
             self._runner.rotate_window()
 
@@ -335,12 +342,11 @@ class Driver:
         return outcome.kind.name
 
     def _log(self, decision: Decision) -> None:
-        if decision.kind in (DecisionKind.ABORT, DecisionKind.STOP):
-            logger.warning(
-                "rank %d epoch %d: %s(%s) %s",
-                self.core.rank,
-                self.core.epoch,
-                decision.kind.value,
-                decision.reason.name if decision.reason else "",
-                decision.detail or (f"asked for by rank {decision.rank}" if decision.rank >= 0 else ""),
-            )
+        logger.warning(
+            "rank %d epoch %d: %s(%s) %s",
+            self.core.rank,
+            self.core.epoch,
+            decision.kind.value,
+            decision.reason.name if decision.reason else "",
+            decision.detail or (f"asked for by rank {decision.rank}" if decision.rank >= 0 else ""),
+        )

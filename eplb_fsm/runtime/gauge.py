@@ -21,8 +21,6 @@ class StepGauge:
         pace: The worker's pace.
         max_slowdown: Tolerated relative slowdown; 0 never slows the worker.
 
-    Attributes:
-        measured: What is known of steps and transfers so far.
     """
 
     def __init__(self, pace: Pace, max_slowdown: float) -> None:
@@ -32,7 +30,7 @@ class StepGauge:
         self._begun: tuple[int, float] = (0, 0.0)
         self._baseline: deque[float] = deque(maxlen=_NUM_BASELINE)
         self._recent: deque[float] = deque(maxlen=_NUM_RECENT)
-        self.measured = Measured()
+        self._transfers = Measured()
 
     def note(self, step_idx: int, now: float, *, is_transferring: bool) -> None:
         """Take the time of a step at which a vote was posted."""
@@ -43,18 +41,28 @@ class StepGauge:
         if is_transferring:
             self._recent.append(step_s)
             self._keep_pace()
-            return
-        self._baseline.append(step_s)
-        self._recent.clear()
-        usual_s = median(self._baseline)
-        self.measured = self.measured._replace(step_ns=round(usual_s * 1e9))
-        if self._max_slowdown:
-            self._pace.set_breath(usual_s)
+        else:  # nothing is worked out here: this runs in every idle round
+            self._baseline.append(step_s)
+            self._recent.clear()
+
+    @property
+    def measured(self) -> Measured:
+        """What is known of steps and transfers so far."""
+        return self._transfers._replace(step_ns=round(self._usual_s * 1e9))
+
+    @property
+    def _usual_s(self) -> float:
+        return median(self._baseline) if self._baseline else 0.0
+
+    def start(self) -> None:
+        """Note that an epoch starts: from here on the worker spreads its pieces over steps of the usual length."""
+        if self._max_slowdown and self._baseline:
+            self._pace.set_breath(self._usual_s)
 
     def _keep_pace(self) -> None:
         if not self._max_slowdown or len(self._baseline) < 2 or len(self._recent) < _NUM_RECENT:
             return
-        if median(self._recent) > median(self._baseline) * (1 + self._max_slowdown):
+        if median(self._recent) > self._usual_s * (1 + self._max_slowdown):
             self._pace.slow_down()
         else:
             self._pace.speed_up()
@@ -70,8 +78,10 @@ class StepGauge:
         """
         transfer_ns = round((now - self._begun[1]) * 1e9)
         lost_ns = transfer_ns - (step_idx - self._begun[0]) * self.measured.step_ns
-        before = self.measured
-        self.measured = Measured(
-            before.step_ns, before.moved_bytes + num_bytes, before.transfer_ns + transfer_ns, before.lost_ns + lost_ns
+        before = self._transfers
+        self._transfers = Measured(
+            moved_bytes=before.moved_bytes + num_bytes,
+            transfer_ns=before.transfer_ns + transfer_ns,
+            lost_ns=before.lost_ns + lost_ns,
         )
         self._last = None  # the step of a sync epoch is no step like others

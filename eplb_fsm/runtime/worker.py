@@ -178,18 +178,18 @@ _CLOSE_WAIT_S = 1.0
 
 
 class ThreadWorker:
-    """Executes jobs in one daemon thread."""
+    """Executes jobs in one daemon thread.
+
+    Attributes:
+        is_alive: Whether the thread still runs; a plain attribute, since every idle round asks.
+    """
 
     def __init__(self, mailbox: Mailbox, name: str) -> None:
         self._mailbox = mailbox
+        self.is_alive = True
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the thread still runs."""
-        return self._thread.is_alive()
 
     def submit(self, job: Job) -> None:
         """Queue the job for the thread."""
@@ -208,8 +208,11 @@ class ThreadWorker:
         self._thread.join(_CLOSE_WAIT_S)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            run_blocking(job, self._mailbox)
+        try:
+            while (job := self._jobs.get()) is not None:
+                run_blocking(job, self._mailbox)
+        finally:
+            self.is_alive = False
 
 
 class CooperativeWorker:

@@ -24,6 +24,8 @@ from tests.benchmarks.ranks import expert_bank, report, run_ranks
 _PASS_S = 0.001
 """A forward pass: matrix products for this long, which leave the caches as cold for a step as a pass does."""
 
+_NUM_IDLE_ROUNDS = 100
+
 
 class _Empty:
     def step(self) -> None:
@@ -56,7 +58,7 @@ def measure(rank: int, num_ranks: int, store: dist.Store, rounds: int) -> dict[s
                 seen[name].append(_time(call, idle.idle_round_interval - 8))
         gc.collect()
         gc.freeze()  # as engines do after warm-up: one full collection costs as much as a thousand idle steps
-        num_steps = 20 * idle.idle_round_interval
+        num_steps = _NUM_IDLE_ROUNDS * idle.idle_round_interval
         steps = _time_steps(fsm.step, num_steps)
         # Reading the clocks, with caches as cold as they are after a pass, is not the step's.
         clocks = _time_steps(empty.step, num_steps)

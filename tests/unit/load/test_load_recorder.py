@@ -212,7 +212,7 @@ def test_nothing_grows() -> None:
 def test_a_recorder_is_a_load_source() -> None:
     """The recorder is what the state machine expects of any source of load."""
     source: LoadSource = LoadRecorder([(1, EXPERTS)])
-    assert source.num_buckets == 8
+    assert source.num_buckets == 4
     assert source.snapshots[0].shape == (1, EXPERTS)
 
 

@@ -86,6 +86,16 @@ def test_close_ends_the_wait_of_a_paced_transfer() -> None:
     assert pace.wait_for(1000).poll()
 
 
+def test_a_thread_that_dies_is_seen() -> None:
+    """What no job may survive ends the thread; the rank sees it, and the job still ends."""
+    mailbox = Mailbox()
+    worker = ThreadWorker(mailbox, "eplb-fsm-worker-test")
+    worker.submit(Job(1, AbortReason.WORKER_ERROR, _raising(SystemExit()), 1.0))
+    worker.join()
+    assert not worker.is_alive
+    assert _messages(mailbox) == [JobDone(1)]
+
+
 def test_pieces_of_a_job_are_a_step_apart() -> None:
     """A breath is as long as a step was while nothing was transferred; else it is nothing."""
     now = [0.0]
@@ -96,6 +106,7 @@ def test_pieces_of_a_job_are_a_step_apart() -> None:
         for step_idx in range(0, 40, 10):
             gauge.note(step_idx, step_idx * 0.01, is_transferring=False)
         gauge.note(50, 100.0, is_transferring=True)
+        gauge.start()
         breath = pace.breathe()
         assert breath.poll() == (breath_s == 0.0)
         now[0] += breath_s * 0.99
