@@ -86,6 +86,7 @@ def test_close_ends_the_wait_of_a_paced_transfer() -> None:
     assert pace.wait_for(1000).poll()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_dies_is_seen() -> None:
     """What no job may survive ends the thread; the rank sees it, and the job still ends."""
     mailbox = Mailbox()
