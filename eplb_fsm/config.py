@@ -25,6 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("async", "sync"),
     "plan_source": ("lowest_rank", "every_rank"),
     "planner": ("process", "thread"),
+    "replica_split": ("equal", "weighted"),
     "load_phases": ("together", "decode", "prefill"),
     "integrity": ("off", "wire", "slot"),
 }
@@ -97,6 +98,9 @@ class RebalanceConfig:
     """Steps between the starts of two epochs (vLLM's default); 0: only when some rank asks."""
     window_size: int = 1000
     """Steps of load that a plan is made from (vLLM's default), rounded up to whole idle rounds."""
+    replica_split: Literal["equal", "weighted"] = "equal"
+    """How an expert's tokens are divided among its replicas. ``weighted``: so that the heaviest rank is as light as the
+    placement allows, by the last plan's load; then a layer moves only if that is not enough."""
     load_phases: Literal["together", "decode", "prefill"] = "together"
     """Which tokens count, where the engine says which are of prompts: all, or those of one phase."""
     load_decay: float | Literal["auto"] = "auto"

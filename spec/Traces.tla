@@ -177,7 +177,7 @@ Working(e, c) ==
 
 (* A rank that may not serve on says so itself, for a decision that nobody knows or a row that is not what it was. *)
 FailingStop(r, e, c) ==
-    [Becomes(e.cause = "SLOT_DAMAGED" \/ window[r] = "resolving", c) EXCEPT !.up = "failed", !.window = window[r]]
+    [Becomes(e.cause \in {"SLOT_DAMAGED", "TABLES_DAMAGED"} \/ window[r] = "resolving", c) EXCEPT !.up = "failed", !.window = window[r]]
 
 After(r, e) ==
     LET c == At(r, e)

@@ -35,6 +35,10 @@ def rank_loads(load: ArrayLike, placement: Placement) -> Float64Array:
     return np.asarray(held.reshape(len(slots), placement.num_ranks, -1).sum(axis=2))
 
 
+RankLoads = Callable[[ArrayLike, Placement], Float64Array]
+"""A way to divide tokens among replicas: :func:`rank_loads`, or :func:`~.split.weighted_rank_loads`."""
+
+
 def balancedness(load: ArrayLike, placement: Placement) -> Float64Array:
     """Mean rank load / largest rank load of each layer; 1.0 is perfect, and an idle layer's value.
 
@@ -44,10 +48,11 @@ def balancedness(load: ArrayLike, placement: Placement) -> Float64Array:
     Raises:
         LoadError: see :func:`rank_loads`.
     """
-    return _mean_over_max(rank_loads(load, placement))
+    return mean_over_max(rank_loads(load, placement))
 
 
-def _mean_over_max(loads: Float64Array) -> Float64Array:
+def mean_over_max(loads: Float64Array) -> Float64Array:
+    """Balancedness of each layer from (num_moe_layers, num_ranks) rank loads."""
     largest = loads.max(axis=1)
     idle = largest <= 0.0
     return np.where(idle, 1.0, loads.mean(axis=1) / np.where(idle, 1.0, largest))
@@ -64,8 +69,8 @@ def _sglang(loads: Float64Array) -> float:
 
 FORMULAS: Mapping[str, Callable[[Float64Array], float]] = MappingProxyType(
     {
-        "mean": lambda loads: float(_mean_over_max(loads).mean()),
-        "min": lambda loads: float(_mean_over_max(loads).min()),
+        "mean": lambda loads: float(mean_over_max(loads).mean()),
+        "min": lambda loads: float(mean_over_max(loads).min()),
         "vllm": _vllm,
         "sglang": _sglang,
     }

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from eplb_fsm.errors import ConfigError, LoadError, PlanError
-from eplb_fsm.placement.balancedness import balancedness
+from eplb_fsm.placement.balancedness import RankLoads, mean_over_max, rank_loads
 from eplb_fsm.placement.chunks import cut_into_chunks
 from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.epoch_budget import within_budget
@@ -32,6 +32,7 @@ def make_plan(
     budget: Budget,
     thresholds: Thresholds,
     costs: Costs | None = None,
+    loads_of: RankLoads = rank_loads,
 ) -> Plan:
     """Plan a rebalance of all banks. Pure computation; may run in any thread or process.
 
@@ -44,6 +45,7 @@ def make_plan(
         budget: Bounds of a chunk and of the epoch.
         thresholds: When to move anything.
         costs: What the ranks measured; None: nothing was, so that no layer has to pay for its bytes.
+        loads_of: How tokens are divided among replicas.
 
     Returns:
         A checked plan. It has a `skip_reason` and no chunks when the layers are balanced enough ("balanced"), when
@@ -58,13 +60,13 @@ def make_plan(
     """
     check_banks(current, shapes)
     arrays = _checked_loads(loads, current, topology)
-    balance_now = _mean_balancedness(arrays, current)
+    balance_now = _mean_balancedness(arrays, current, loads_of)
     if reason := missing_commit_bytes(shapes, budget) or _balanced(balance_now, thresholds):
         return _planned([], reason, (balance_now, balance_now), current, shapes, budget)
     wanted = [_target(policy, *pair, topology) for pair in zip(arrays, current, strict=True)]
-    worth = worth_of_layers(arrays, current, wanted, shapes, thresholds, costs)
+    worth = worth_of_layers(arrays, current, wanted, shapes, thresholds, costs, loads_of)
     targets = within_budget(worth, current, wanted, budget.epoch_bytes, must_pay=costs is not None)
-    balance = balance_now, _mean_balancedness(arrays, targets)
+    balance = balance_now, _mean_balancedness(arrays, targets, loads_of)
     reason = _too_little(balance, worth, thresholds, costs, budget)
     chunks = [
         (bank, moves)
@@ -142,6 +144,6 @@ def _target(policy: RebalancePolicy, load: Float64Array, current: Placement, top
     return target
 
 
-def _mean_balancedness(loads: Sequence[Float64Array], placements: Sequence[Placement]) -> float:
-    layers = [balancedness(load, placement) for load, placement in zip(loads, placements, strict=True)]
+def _mean_balancedness(loads: Sequence[Float64Array], placements: Sequence[Placement], loads_of: RankLoads) -> float:
+    layers = [mean_over_max(loads_of(load, placement)) for load, placement in zip(loads, placements, strict=True)]
     return float(np.concatenate(layers).mean())

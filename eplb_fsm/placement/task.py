@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_fsm.config import DEFAULT_TARGET_BALANCEDNESS
+from eplb_fsm.placement.balancedness import RankLoads, rank_loads
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan
 from eplb_fsm.placement.planning import make_plan
 from eplb_fsm.placement.policies import RebalancePolicy, get_policy
 from eplb_fsm.placement.shapes import BankShape, Budget
+from eplb_fsm.placement.split import warm_up, weighted_rank_loads
 from eplb_fsm.placement.topology import Topology
 from eplb_fsm.placement.worth import Costs, Thresholds
 
@@ -33,6 +35,7 @@ class PlanTask:
     budget: Budget
     thresholds: Thresholds
     target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS
+    replica_split: str = "equal"
 
     def make_policy(self) -> RebalancePolicy:
         """Make the policy.
@@ -40,7 +43,7 @@ class PlanTask:
         Raises:
             ConfigError: As :func:`~eplb_fsm.placement.policies.get_policy`.
         """
-        return get_policy(self.policy, self.target_balancedness)
+        return get_policy(self.policy, self.target_balancedness, self.replica_split)
 
     def warm_up(self) -> None:
         """Make the policy and have it compute once, so that no plan waits for a compiler; takes seconds at most once.
@@ -48,8 +51,10 @@ class PlanTask:
         Raises:
             ConfigError: As :meth:`make_policy`.
         """
-        warm_up = getattr(self.make_policy(), "warm_up", None)
-        if warm_up is not None:
+        warm_up_policy = getattr(self.make_policy(), "warm_up", None)
+        if warm_up_policy is not None:
+            warm_up_policy()
+        if self.replica_split == "weighted":
             warm_up()
 
     def plan(self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None) -> EncodedPlan:
@@ -59,9 +64,21 @@ class PlanTask:
             PlanError: If no valid plan can be made. A policy may raise anything else.
         """
         plan = make_plan(
-            self.make_policy(), loads, current, self.topology, self.shapes, self.budget, self.thresholds, costs
+            self.make_policy(),
+            loads,
+            current,
+            self.topology,
+            self.shapes,
+            self.budget,
+            self.thresholds,
+            costs,
+            self._loads_of,
         )
         return plan.encode()
+
+    @property
+    def _loads_of(self) -> RankLoads:
+        return weighted_rank_loads if self.replica_split == "weighted" else rank_loads
 
     def decode(self, encoded: EncodedPlan, current: tuple[Placement, ...]) -> Plan:
         """Read a plan that some rank has encoded, and check all of it.

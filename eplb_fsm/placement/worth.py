@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eplb_fsm.placement.balancedness import rank_loads
+from eplb_fsm.placement.balancedness import RankLoads, rank_loads
 from eplb_fsm.placement.moves import BoolArray, peer_moves_of_layers
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.shapes import BankShape
@@ -82,6 +82,7 @@ def worth_of_layers(
     shapes: Sequence[BankShape],
     thresholds: Thresholds,
     costs: Costs | None,
+    loads_of: RankLoads = rank_loads,
 ) -> Worth:
     """Weigh each layer's way from its live placement to its target.
 
@@ -95,10 +96,13 @@ def worth_of_layers(
         shapes: Sizes of each bank's experts.
         thresholds: Horizon, and the experts' share of a step.
         costs: None: moving takes no time, and every saving pays.
+        loads_of: How tokens are divided among replicas.
     """
     num_bytes, before, after = (
         np.concatenate(parts)
-        for parts in zip(*(_of_bank(*each) for each in zip(loads, current, targets, shapes, strict=True)), strict=True)
+        for parts in zip(
+            *(_of_bank(*each, loads_of) for each in zip(loads, current, targets, shapes, strict=True)), strict=True
+        )
     )
     saved_share = (before - after) / max(float(before.sum()), np.finfo(np.float64).tiny)
     if costs is None:
@@ -111,8 +115,8 @@ def worth_of_layers(
 
 
 def _of_bank(
-    load: Float64Array, current: Placement, target: Placement, shape: BankShape
+    load: Float64Array, current: Placement, target: Placement, shape: BankShape, loads_of: RankLoads
 ) -> tuple[Float64Array, Float64Array, Float64Array]:
     row_bytes = np.array(shape.row_bytes, dtype=np.float64)
-    before, after = (rank_loads(load, placement).max(axis=1) * row_bytes for placement in (current, target))
+    before, after = (loads_of(load, placement).max(axis=1) * row_bytes for placement in (current, target))
     return peer_moves_of_layers(current, target) * row_bytes, before, after

@@ -25,7 +25,7 @@ def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) ->
     Raises:
         ConfigError: If policy, nodes, groups and ranks do not fit together.
     """
-    policy = get_policy(config.policy, config.target_balancedness)
+    policy = get_policy(config.policy, config.target_balancedness, config.replica_split)
     if config.plan_source == "every_rank" and not policy.deterministic:
         raise ConfigError(
             f"plan_source = 'every_rank': policy {config.policy!r} does not declare itself deterministic, so the ranks "
@@ -41,6 +41,7 @@ def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) ->
             config.min_gain, config.trigger_balancedness, config.horizon_steps, config.moe_time_share
         ),
         target_balancedness=config.target_balancedness,
+        replica_split=config.replica_split,
     )
 
 

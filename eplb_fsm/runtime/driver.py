@@ -270,15 +270,7 @@ class Driver:
                 self._recorder.record("LoadCollected")
         elif isinstance(message, messages.PlanReady):
             if message.epoch == core.epoch and core.state is State.COMPUTING:
-                terms = self._runner.accept_plan(message.plan, core.lag)
-                core.plan_ready(message.epoch, terms)
-                self._recorder.record(
-                    "PlanReady",
-                    plan_digest=terms.digest,
-                    skip=terms.skip,
-                    num_chunks=terms.num_chunks,
-                    deadline_steps=terms.deadline_steps,
-                )
+                self._take_plan(message)
         elif isinstance(message, messages.ChunkStaged):
             if core.chunk_staged(message.epoch, message.program.chunk_idx):
                 self._runner.keep_staged(message.program)
@@ -287,6 +279,22 @@ class Driver:
             self._runner.job_done()
         else:
             self._take_failure(message)
+
+    def _take_plan(self, message: messages.PlanReady) -> None:
+        terms = self._runner.accept_plan(message.plan, self.core.lag)
+        self.core.plan_ready(message.epoch, terms)
+        self._recorder.record(
+            "PlanReady",
+            plan_digest=terms.digest,
+            skip=terms.skip,
+            num_chunks=terms.num_chunks,
+            deadline_steps=terms.deadline_steps,
+        )
+        try:
+            self._runner.write_tables(message.tables)
+        except Exception as error:  # half-written tables may name slots that hold another expert
+            self._recorder.record("FailStop", cause="TABLES_DAMAGED")
+            self._fail_stop(FailStop(f"rank {self.core.rank}: tables could not be written: {error}", [self.core.rank]))
 
     def _take_failure(self, message: messages.WorkFailed | messages.TransportGone | messages.SlotDamaged) -> None:
         if isinstance(message, messages.WorkFailed):

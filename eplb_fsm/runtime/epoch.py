@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from eplb_fsm.core.rank import PlanTerms
 from eplb_fsm.load.recorder import LoadSource
@@ -72,6 +73,11 @@ class EpochRunner:
         taken = self._device.record_event()
         brought = PlanInput(self._load.snapshots, taken, self.placements, measured, self.gains.trust)
         self._submit(self._jobs.make_plan(epoch, brought))
+
+    def write_tables(self, prepared: Sequence[object]) -> None:
+        """Write what was prepared for layers that no chunk touches, in stream order."""
+        for tables in prepared:
+            self._device.enqueue(partial(self._jobs.tables.write, tables))
 
     def accept_plan(self, plan: Plan, lag: int) -> PlanTerms:
         """Keep a plan and return what the core must know of it."""

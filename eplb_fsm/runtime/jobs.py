@@ -19,10 +19,10 @@ from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
 from eplb_fsm.placement.worth import Costs
 from eplb_fsm.runtime.costs import Measured, costs_of
 from eplb_fsm.runtime.domain import Domain
-from eplb_fsm.runtime.maps import MapWriter
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.planner import Planner
 from eplb_fsm.runtime.staging import CommitProgram, IntegrityError, StagingArea
+from eplb_fsm.runtime.tables import Tables
 from eplb_fsm.runtime.transport import Transport
 from eplb_fsm.runtime.worker import (
     ChunkStaged,
@@ -72,7 +72,7 @@ class Jobs:
     task: PlanTask
     transport: Transport
     staging: StagingArea
-    map_writer: MapWriter
+    tables: Tables
     planner: Planner | None
     pace: Pace
     mailbox: Mailbox
@@ -113,7 +113,9 @@ class Jobs:
         else:
             encoded = yield from self._receive_plan(loads, current, costs)
         yield self.pace.breathe()
-        self.mailbox.put(PlanReady(epoch, self.task.decode(encoded, current)))
+        plan = self.task.decode(encoded, current)
+        self.tables.follow(loads)
+        self.mailbox.put(PlanReady(epoch, plan, self.tables.prepare_others(plan)))
 
     @staticmethod
     def _split(total: Load, current: Sequence[Placement]) -> list[Load]:
@@ -159,7 +161,7 @@ class Jobs:
     def _stage(self, epoch: int, plan: Plan, chunk: Chunk, after: Pending, tag: int) -> Iterator[Pending]:
         yield self.pace.wait_for(chunk.bytes_from(self.domain.rank))
         placements = plan.placements_after(chunk.idx)
-        program = yield from self.staging.stage(chunk, after, tag, self.transport, self.map_writer, placements)
+        program = yield from self.staging.stage(chunk, after, tag, self.transport, self.tables, placements)
         self.mailbox.put(ChunkStaged(epoch, program))
 
     def _verify(self, program: CommitProgram, committed: Pending) -> Iterator[Pending]:

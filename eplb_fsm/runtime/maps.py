@@ -15,17 +15,32 @@ import torch
 
 from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.split import turn_tables
+from eplb_fsm.placement.validate import Float64Array
 
 
 class MapWriter(Protocol):
     """The seam to an engine's tables; one writer serves all banks of a domain."""
 
-    def prepare(self, bank: int, layers: Sequence[int], placement: Placement) -> object:
-        """Compute what :meth:`write` will copy for these layers; worker thread, may take its time."""
+    def prepare(
+        self, bank: int, layers: Sequence[int], placement: Placement, shares: Float64Array | None = None
+    ) -> object:
+        """Compute what :meth:`write` will copy for these layers; worker thread, may take its time.
+
+        Args:
+            bank: Index of the bank.
+            layers: Which layers.
+            placement: What its slots will hold.
+            shares: With ``replica_split="weighted"`` what :func:`~eplb_fsm.placement.split.weighted_shares` says for
+                these layers; None: the slots of an expert get equal shares.
+        """
         ...
 
     def write(self, prepared: object) -> None:
-        """Copy into the live tables; called in stream order at a commit. Must not raise, block or allocate."""
+        """Copy into the live tables; called in stream order. Must not raise, block or allocate.
+
+        That is at a commit; with shares also at other steps, for layers that no chunk in flight touches.
+        """
         ...
 
 
@@ -36,8 +51,10 @@ class BankMaps:
     Attributes:
         physical_to_logical_map: ``(num_moe_layers, num_physical_experts)``.
         logical_to_physical_map: ``(num_moe_layers, num_logical_experts, width)``, padded with -1. The width is the
-            largest number of replicas that any placement can give one expert, so that it never grows.
-        logical_replica_count: ``(num_moe_layers, num_logical_experts)``.
+            largest number of replicas that any placement can give one expert, so that it never grows; at least 64 where
+            shares are weighted.
+        logical_replica_count: ``(num_moe_layers, num_logical_experts)`` entries of each expert in that table: its
+            replicas. Where shares are weighted a slot has as many entries as its share wants.
     """
 
     physical_to_logical_map: torch.Tensor
@@ -55,16 +72,24 @@ class _Rows(NamedTuple):
     new: list[torch.Tensor]
 
 
+_WEIGHTED_WIDTH = 64
+"""Entries in which weighted shares are told apart: they are off by less than 1 % of an expert's tokens."""
+
+
 class TensorMapWriter:
     """Keeps the three tables of each bank as torch tensors on one device.
 
     Args:
         placements: The placement of each bank at start.
         device: Where the engine reads them.
+        is_weighted: Make room for weighted shares.
     """
 
-    def __init__(self, placements: Sequence[Placement], device: torch.device | str = "cpu") -> None:
-        self._widths = [p.num_physical_experts - p.num_logical_experts + 1 for p in placements]
+    def __init__(
+        self, placements: Sequence[Placement], device: torch.device | str = "cpu", *, is_weighted: bool = False
+    ) -> None:
+        least = _WEIGHTED_WIDTH if is_weighted else 0
+        self._widths = [max(p.num_physical_experts - p.num_logical_experts + 1, least) for p in placements]
         self.maps = tuple(self._tables(bank, placement, device) for bank, placement in enumerate(placements))
 
     def _tables(self, bank: int, placement: Placement, device: torch.device | str) -> BankMaps:
@@ -75,11 +100,17 @@ class TensorMapWriter:
         """Return rows that are read only, for :meth:`prepare`."""
         return table_rows(placement, self._widths[bank], layers)
 
-    def prepare(self, bank: int, layers: Sequence[int], placement: Placement) -> object:
+    def prepare(
+        self, bank: int, layers: Sequence[int], placement: Placement, shares: Float64Array | None = None
+    ) -> object:
         """Return live rows and their new contents; allocates, so it belongs in the worker."""
         live: list[torch.Tensor] = []
         new: list[torch.Tensor] = []
-        for table, rows in zip(self.maps[bank].tables, self._rows(bank, placement, layers), strict=True):
+        new_rows = self._rows(bank, placement, layers)
+        if shares is not None:
+            turns = turn_tables(placement, layers, shares, self._widths[bank])
+            new_rows = new_rows[0], turns, (turns >= 0).sum(-1)
+        for table, rows in zip(self.maps[bank].tables, new_rows, strict=True):
             live += [table[layer] for layer in layers]
             new += torch.from_numpy(rows).to(table.device).unbind(0)
         return _Rows(live, new)

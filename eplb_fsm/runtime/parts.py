@@ -30,6 +30,7 @@ from eplb_fsm.runtime.marks import MarkBoard
 from eplb_fsm.runtime.planner import Planner
 from eplb_fsm.runtime.rounds import Rounds
 from eplb_fsm.runtime.staging import StagingArea
+from eplb_fsm.runtime.tables import Tables
 from eplb_fsm.runtime.transport import Transport
 from eplb_fsm.runtime.watchdog import Watchdog
 from eplb_fsm.runtime.worker import Mailbox, Pace, Worker
@@ -179,7 +180,7 @@ def assemble(
     planner: Planner | None,
 ) -> Parts:
     """Put the parts of one rank together; the real engine and the simulation both come through here."""
-    load_source, own_maps = _fill_engine_side(engine)
+    load_source, own_maps = _fill_engine_side(engine, config)
     map_writer = engine.map_writer or own_maps
     assert map_writer is not None
     # A rebalance that blocks the loop anyway is not slowed down on top of that.
@@ -191,7 +192,7 @@ def assemble(
         task=task,
         transport=links.transport,
         staging=staging,
-        map_writer=map_writer,
+        tables=Tables(map_writer, is_weighted=config.replica_split == "weighted"),
         planner=planner,
         pace=pace,
         mailbox=mailbox,
@@ -227,12 +228,15 @@ def assemble(
     )
 
 
-def _fill_engine_side(engine: EngineSide) -> tuple[LoadSource, TensorMapWriter | None]:
+def _fill_engine_side(engine: EngineSide, config: RebalanceConfig) -> tuple[LoadSource, TensorMapWriter | None]:
     """Make what the engine did not bring; tables only then, since they take memory on its device."""
     device = next(iter(engine.banks[0].tensors[0].values())).device
     shapes = [(bank.num_moe_layers, bank.num_logical_experts) for bank in engine.banks]
     load_source = engine.load_source or LoadRecorder(shapes, device=device)
-    return load_source, None if engine.map_writer else TensorMapWriter(engine.placements, device)
+    if engine.map_writer:
+        return load_source, None
+    is_weighted = config.replica_split == "weighted"
+    return load_source, TensorMapWriter(engine.placements, device, is_weighted=is_weighted)
 
 
 def make_staging(config: RebalanceConfig, rank: int, banks: Sequence[Bank]) -> StagingArea:

@@ -18,11 +18,11 @@ from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Chunk
 from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.device import DeviceOps
-from eplb_fsm.runtime.maps import MapWriter
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.routes import Route, find_routes
 from eplb_fsm.runtime.rowhash import Words, combine_blocks, hash_blocks, hash_keys, hash_rows
 from eplb_fsm.runtime.rowlayout import WORD_BYTES, RowLayout
+from eplb_fsm.runtime.tables import Tables
 from eplb_fsm.runtime.transport import Parcel, Transport
 
 
@@ -48,14 +48,14 @@ class CommitProgram:
     digest: int
     live_rows: list[torch.Tensor]
     staged_rows: list[torch.Tensor]
-    prepared_maps: object
-    map_writer: MapWriter
+    prepared_tables: object
+    tables: Tables
 
     def run(self) -> None:
         """Copy the staged rows over the live ones and swap the maps; enqueued on the engine's stream."""
         if self.live_rows:
             torch._foreach_copy_(self.live_rows, self.staged_rows)
-        self.map_writer.write(self.prepared_maps)
+        self.tables.write(self.prepared_tables)
 
 
 class _Place(NamedTuple):
@@ -106,7 +106,7 @@ class StagingArea:
         after: Pending,
         tag: int,
         transport: Transport,
-        map_writer: MapWriter,
+        tables: Tables,
         placements: tuple[Placement, ...],
     ) -> Generator[Pending, None, CommitProgram]:
         """Stage one chunk; a job of the worker that returns the :class:`CommitProgram`.
@@ -137,8 +137,8 @@ class StagingArea:
             digest=chunk.digest_after,
             live_rows=live,
             staged_rows=staged,
-            prepared_maps=map_writer.prepare(chunk.bank, chunk.layers, placements[chunk.bank]),
-            map_writer=map_writer,
+            prepared_tables=tables.prepare(chunk.bank, chunk.layers, placements[chunk.bank]),
+            tables=tables,
         )
 
     def verify_live(self, program: CommitProgram) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -31,10 +31,11 @@ class LoadCollected(NamedTuple):
 
 
 class PlanReady(NamedTuple):
-    """This rank holds a plan that it has validated."""
+    """This rank holds a plan that it has validated, and new shares for the layers that it leaves alone."""
 
     epoch: int
     plan: Plan
+    tables: Sequence[object]
 
 
 class ChunkStaged(NamedTuple):

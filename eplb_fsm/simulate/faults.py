@@ -11,6 +11,7 @@ from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.errors import TransferError, TransportLost
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
+from eplb_fsm.placement.validate import Float64Array
 from eplb_fsm.placement.worth import Costs
 from eplb_fsm.runtime.maps import MapWriter
 from eplb_fsm.runtime.pending import Pending
@@ -136,10 +137,12 @@ class FaultyMapWriter:
         self._inner = inner
         self._faults = faults
 
-    def prepare(self, bank: int, layers: Sequence[int], placement: Placement) -> object:
+    def prepare(
+        self, bank: int, layers: Sequence[int], placement: Placement, shares: Float64Array | None = None
+    ) -> object:
         """Compute the rows, or raise."""
         self._check("prepare")
-        return self._inner.prepare(bank, layers, placement)
+        return self._inner.prepare(bank, layers, placement, shares)
 
     def write(self, prepared: object) -> None:
         """Write the rows, or raise."""

@@ -29,7 +29,7 @@ class RememberingTask(PlanTask):
     @classmethod
     def like(cls, task: PlanTask) -> RememberingTask:
         """Return the task with a memory."""
-        return cls(task.policy, task.topology, task.shapes, task.budget, task.thresholds, task.target_balancedness)
+        return cls(**{field.name: getattr(task, field.name) for field in fields(task)})
 
     def plan(self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None) -> EncodedPlan:
         """Compute and encode a plan."""

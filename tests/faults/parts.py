@@ -13,6 +13,7 @@ import torch
 from eplb_fsm import Placement
 from eplb_fsm.core.votes import Progress, Tally, Vote
 from eplb_fsm.errors import ChannelError, TransferError
+from eplb_fsm.placement.validate import Float64Array
 from eplb_fsm.runtime.channel import GlooVoteChannel
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.maps import TensorMapWriter
@@ -135,9 +136,11 @@ class FaultyMapWriter(TensorMapWriter):
         self.before_prepare: Callable[[], None] = lambda: None
         self.after_write: Callable[[], None] = lambda: None
 
-    def prepare(self, bank: int, layers: Sequence[int], placement: Placement) -> object:
+    def prepare(
+        self, bank: int, layers: Sequence[int], placement: Placement, shares: Float64Array | None = None
+    ) -> object:
         self.before_prepare()
-        return super().prepare(bank, layers, placement)
+        return super().prepare(bank, layers, placement, shares)
 
     def write(self, prepared: object) -> None:
         super().write(prepared)

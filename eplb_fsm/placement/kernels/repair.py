@@ -36,6 +36,7 @@ from eplb_fsm.placement.kernels.layer import (
     put,
     sum_loads,
 )
+from eplb_fsm.placement.kernels.split import fill_pools
 from eplb_fsm.placement.moves import BoolArray
 from eplb_fsm.placement.validate import Float64Array
 
@@ -73,6 +74,7 @@ def repair_layers(
     target: float,
     max_changes: int,
     is_new: bool,
+    is_weighted: bool,
 ) -> tuple[BoolArray, Float64Array]:
     """Repair all layers in place until their balancedness is at least `target`; those without load are left alone.
 
@@ -85,6 +87,7 @@ def repair_layers(
         target: Balancedness at which a layer is left as it is.
         max_changes: Most changes of one layer.
         is_new: `rows` is a new plan, so second replicas on a rank are spread first.
+        is_weighted: Tokens are divided among replicas as in :mod:`~eplb_fsm.placement.kernels.split`.
 
     Returns:
         (layers) bool, whether each reaches the target, and (layers) float64 balancedness; True and 1.0 without load.
@@ -99,7 +102,7 @@ def repair_layers(
         layer = make_layer(load[index], start[index], rows[index], num_ranks, ranks_per_node)
         if is_new:
             spread(layer)
-        heaviest = relieve(layer, mean / target, max_changes)
+        heaviest = relieve(layer, mean / target, max_changes, is_weighted)
         rows[index] = layer.expert_at
         is_good[index] = heaviest <= _with_rounding(mean / target)
         balance[index] = mean / heaviest
@@ -107,7 +110,7 @@ def repair_layers(
 
 
 @compiled
-def relieve(layer: Layer, limit: float, max_changes: int) -> float:
+def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> float:
     """Change a layer until no rank carries more than the limit, no change helps, or `max_changes` are made.
 
     A change lessens the excess of all ranks together, and may make one of them heavier than any was. So the lightest
@@ -116,12 +119,12 @@ def relieve(layer: Layer, limit: float, max_changes: int) -> float:
     Returns:
         Load of the heaviest rank of that row.
     """
-    lightest, row = heaviest_of(layer), layer.expert_at.copy()
+    lightest, row = _heaviest(layer, limit, is_weighted), layer.expert_at.copy()
     if lightest <= _with_rounding(limit):
         return lightest
     _replicate_the_hottest(layer, limit)
     for _ in range(max_changes):
-        heaviest = heaviest_of(layer)
+        heaviest = _heaviest(layer, limit, is_weighted)
         if heaviest < lightest:
             lightest = heaviest
             row[:] = layer.expert_at
@@ -133,6 +136,15 @@ def relieve(layer: Layer, limit: float, max_changes: int) -> float:
         _apply(layer, best)
     layer.expert_at[:] = row
     return lightest
+
+
+@compiled
+def _heaviest(layer: Layer, limit: float, is_weighted: bool) -> float:
+    """Load of the heaviest rank; with weighted shares, as light as it can be made if it cannot be within the limit."""
+    heaviest = heaviest_of(layer)
+    if is_weighted and heaviest > _with_rounding(limit):
+        return float(fill_pools(layer.weight, layer.expert_at, len(layer.load_of), limit).load_of.max())
+    return heaviest
 
 
 @compiled

@@ -28,18 +28,23 @@ class MovementAwarePolicy:
 
     Args:
         target_balancedness: Layers that reach it are left alone; above 0, at most 1.
+        replica_split: "equal", or "weighted": a layer counts as balanced as it is when tokens are divided among
+            replicas so that the heaviest rank is as light as can be.
 
     Raises:
-        ConfigError: another target.
+        ConfigError: another target, another split.
     """
 
     name = "movement_aware"
     deterministic = True
 
-    def __init__(self, target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS) -> None:
+    def __init__(self, target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS, replica_split: str = "equal") -> None:
         if not 0.0 < target_balancedness <= 1.0:
             raise ConfigError(f"target_balancedness = {target_balancedness}: must be above 0, at most 1")
+        if replica_split not in ("equal", "weighted"):
+            raise ConfigError(f'replica_split = {replica_split!r}: must be "equal" or "weighted"')
         self._target = target_balancedness
+        self._is_weighted = replica_split == "weighted"
 
     def warm_up(self) -> None:
         """Have the kernels compiled: plan what cannot be balanced, so that each of them is needed."""
@@ -71,7 +76,9 @@ class MovementAwarePolicy:
 
         ranks_per_node = topology.num_ranks // topology.num_nodes
         most = _CHANGES_PER_SLOT * rows.shape[1]
-        return repair_layers(load, start, rows, topology.num_ranks, ranks_per_node, self._target, most, is_new)
+        return repair_layers(
+            load, start, rows, topology.num_ranks, ranks_per_node, self._target, most, is_new, self._is_weighted
+        )
 
     @staticmethod
     def _replan(load: Float64Array, start: Int64Array, current: Placement, topology: Topology) -> Int64Array:

@@ -15,7 +15,7 @@ from eplb_fsm.placement.policies.refined import RefinedPolicy
 
 ENTRY_POINT_GROUP = "eplb_fsm.policies"
 PolicyFactory = Callable[..., RebalancePolicy]
-"""Called without arguments, or with the one keyword `target_balancedness` where its signature has it."""
+"""Called with those of the keywords `target_balancedness` and `replica_split` that its signature has."""
 
 _factories: dict[str, PolicyFactory] = {
     "movement_aware": MovementAwarePolicy,
@@ -49,12 +49,15 @@ def register_policy(policy: RebalancePolicy | PolicyFactory, name: str | None = 
         _factories[chosen] = _constant(policy)
 
 
-def get_policy(name: str, target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS) -> RebalancePolicy:
+def get_policy(
+    name: str, target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS, replica_split: str = "equal"
+) -> RebalancePolicy:
     """The policy of that name, or at ``package.module:attribute``; what a factory makes is made anew by each call.
 
     Args:
         name: The name.
         target_balancedness: Balancedness at which a layer is good enough, for policies that know the word.
+        replica_split: How tokens are divided among replicas, "equal" or "weighted", likewise.
 
     Raises:
         ConfigError: the name is unknown (the message lists the known ones), or what it names cannot be
@@ -70,8 +73,9 @@ def get_policy(name: str, target_balancedness: float = DEFAULT_TARGET_BALANCEDNE
             )
         factory = _imported(entry)
     try:
-        takes_target = "target_balancedness" in _parameters(factory)
-        policy = factory(target_balancedness=target_balancedness) if takes_target else factory()
+        known = {"target_balancedness": target_balancedness, "replica_split": replica_split}
+        taken = _parameters(factory)
+        policy = factory(**{name: value for name, value in known.items() if name in taken})
     except Exception as error:  # whatever foreign code raises
         raise ConfigError(f"policy {name!r} cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(policy, RebalancePolicy):

@@ -14,6 +14,7 @@ from eplb_fsm.placement.chunks import Chunk
 from eplb_fsm.runtime.maps import TensorMapWriter
 from eplb_fsm.runtime.pending import Done, Pending
 from eplb_fsm.runtime.staging import CommitProgram, IntegrityError, StagingArea
+from eplb_fsm.runtime.tables import Tables
 from eplb_fsm.runtime.transport import InMemoryExchange, InMemoryTransport, Parcel
 
 _LAYERS, _LOCAL, _EXPERTS = 2, 3, 6
@@ -69,6 +70,10 @@ def _swap_all() -> Chunk:
     return Chunk(0, 0, np.array(moves), np.zeros((0, 2), dtype=np.int64), -1, 0, _LOCAL, nothing, nothing)
 
 
+def _tables(placement: Placement) -> Tables:
+    return Tables(TensorMapWriter([placement]), is_weighted=False)
+
+
 def _stage(ranks: _Ranks) -> list[CommitProgram]:
     """Stage the chunk on both ranks; the receivers check what they got, rank 1 first."""
     placement = Placement.initial(_LAYERS, _EXPERTS, _EXPERTS, 2)
@@ -76,9 +81,7 @@ def _stage(ranks: _Ranks) -> list[CommitProgram]:
 
     def job(rank: int) -> Iterator[Pending]:
         area, transport = ranks.areas[rank], ranks.transports[rank]
-        programs.append(
-            (yield from area.stage(_swap_all(), Done(), 1, transport, TensorMapWriter([placement]), (placement,)))
-        )
+        programs.append((yield from area.stage(_swap_all(), Done(), 1, transport, _tables(placement), (placement,))))
 
     jobs = [job(1), job(0)]
     exchanges = [[next(job), next(job)][1] for job in jobs]  # the event of the last commit, then the exchange

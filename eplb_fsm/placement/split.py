@@ -1,0 +1,74 @@
+"""Splitting an expert's tokens unequally among its replicas, so that small drifts of the load need no move.
+
+With `replica_split="weighted"` a slot gets the share of its expert's tokens that keeps the heaviest rank as light as
+the placement allows (:mod:`~eplb_fsm.placement.kernels.split`). The shares reach the engine as more or fewer entries in
+the table that it looks replicas up in anyway (:mod:`~eplb_fsm.placement.kernels.turns`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from eplb_fsm.placement.digest import Int64Array
+from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.validate import Float64Array, checked_load
+
+
+def weighted_shares(load: ArrayLike, placement: Placement, layers: Sequence[int] | None = None) -> Float64Array:
+    """Shares with which the heaviest rank of each layer is as light as the placement allows, within 1 %.
+
+    Pure computation, any thread; tens of microseconds a layer where numba is installed.
+
+    Args:
+        load: (num_moe_layers, num_logical_experts) tokens per expert, 0 or more.
+        placement: Where the experts are.
+        layers: Only these; None: all.
+
+    Returns:
+        (layers, num_physical_experts) float64, 0 to 1: the share of its expert's tokens that each slot gets; 0
+        for an empty slot. The slots of an expert sum to 1; without load they get equal shares.
+
+    Raises:
+        LoadError: wrong shape, or an entry that is not a finite number of 0 or more.
+    """
+    return _split(load, placement, layers)[0]
+
+
+def weighted_rank_loads(load: ArrayLike, placement: Placement) -> Float64Array:
+    """Load of each rank with :func:`weighted_shares`; arguments and result as :func:`.balancedness.rank_loads`."""
+    return _split(load, placement, None)[1]
+
+
+def turn_tables(placement: Placement, layers: Sequence[int], shares: Float64Array, width: int) -> Int64Array:
+    """Tables of some layers that name each slot in proportion to its share.
+
+    Args:
+        placement: Where the experts are.
+        layers: Which layers.
+        shares: (len(layers), num_physical_experts) as from :func:`weighted_shares`.
+        width: Most entries of an expert; the shares are met more closely the larger it is.
+
+    Returns:
+        (len(layers), num_logical_experts, width) int64 slots, padded with -1.
+    """
+    from eplb_fsm.placement.kernels.turns import take_turns  # here: only who splits needs a compiler
+
+    rows = placement.physical_to_logical_map[list(layers)]
+    return take_turns(rows, np.ascontiguousarray(shares), placement.num_logical_experts, width)
+
+
+def warm_up() -> None:
+    """Have the kernels compiled, so that no plan and no commit waits for that; takes seconds at most once."""
+    placement = Placement.initial(1, 1, 2, 2)
+    turn_tables(placement, [0], weighted_shares([[1.0]], placement), 2)
+
+
+def _split(load: ArrayLike, placement: Placement, layers: Sequence[int] | None) -> tuple[Float64Array, Float64Array]:
+    from eplb_fsm.placement.kernels.split import split_layers
+
+    array = checked_load(load, (placement.num_moe_layers, placement.num_logical_experts))
+    chosen = np.arange(placement.num_moe_layers) if layers is None else np.array(layers, dtype=np.int64)
+    return split_layers(array[chosen], placement.physical_to_logical_map[chosen], placement.num_ranks)

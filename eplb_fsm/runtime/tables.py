@@ -1,0 +1,65 @@
+"""What goes into the engine's tables: the placement, and with ``replica_split="weighted"`` each slot's share.
+
+Shares are each rank's own business. Any replica of an expert gives the same result, so it does no harm if one
+rank splits its tokens by other shares than the next, or from another step on. So they need no round: a rank works them
+out from the load that all ranks have summed for the plan, and writes them once the plan is there. Only layers that
+the plan leaves alone are written then; the commits of the others bring theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.plan import Plan
+from eplb_fsm.placement.split import warm_up, weighted_shares
+from eplb_fsm.placement.task import Load
+from eplb_fsm.placement.validate import Float64Array
+from eplb_fsm.runtime.maps import MapWriter
+
+
+class Tables:
+    """Prepares and writes the tables of all banks through the engine's map writer.
+
+    With weighted shares construction takes seconds once, to compile what works them out.
+
+    Args:
+        writer: Writes them.
+        is_weighted: Whether slots of an expert get weighted shares.
+    """
+
+    def __init__(self, writer: MapWriter, *, is_weighted: bool) -> None:
+        self._writer = writer
+        self._is_weighted = is_weighted
+        self._loads: Sequence[Load] = ()
+        if is_weighted:
+            warm_up()
+
+    def follow(self, loads: Sequence[Load]) -> None:
+        """Split by this load from here on; worker thread."""
+        self._loads = loads
+
+    def prepare(self, bank: int, layers: Sequence[int], placement: Placement) -> object:
+        """Work out what :meth:`write` copies for some layers; worker thread."""
+        return self._writer.prepare(bank, layers, placement, self._shares(bank, layers, placement))
+
+    def prepare_others(self, plan: Plan) -> tuple[object, ...]:
+        """Work out new shares for all layers that a plan leaves alone; worker thread. Nothing where all are equal."""
+        if not self._is_weighted:
+            return ()
+        touched = {(chunk.bank, layer) for chunk in plan.chunks for layer in chunk.layers}
+        prepared = []
+        for bank, placement in enumerate(plan.base):
+            layers = [layer for layer in range(placement.num_moe_layers) if (bank, layer) not in touched]
+            if layers:
+                prepared.append(self.prepare(bank, layers, placement))
+        return tuple(prepared)
+
+    def write(self, prepared: object) -> None:
+        """Copy into the live tables; in stream order."""
+        self._writer.write(prepared)
+
+    def _shares(self, bank: int, layers: Sequence[int], placement: Placement) -> Float64Array | None:
+        if not self._is_weighted or not self._loads:
+            return None
+        return weighted_shares(self._loads[bank], placement, layers)
