@@ -75,7 +75,7 @@ class EpochRunner:
         self._submit(self._jobs.make_plan(epoch, brought))
 
     def write_tables(self, prepared: Sequence[object]) -> None:
-        """Write what was prepared for layers that no chunk touches, in stream order."""
+        """Write new shares for the live placement, in stream order."""
         for tables in prepared:
             self._device.enqueue(partial(self._jobs.tables.write, tables))
 

@@ -115,7 +115,7 @@ class Jobs:
         yield self.pace.breathe()
         plan = self.task.decode(encoded, current)
         self.tables.follow(loads)
-        self.mailbox.put(PlanReady(epoch, plan, self.tables.prepare_others(plan)))
+        self.mailbox.put(PlanReady(epoch, plan, self.tables.prepare_shares(current)))
 
     @staticmethod
     def _split(total: Load, current: Sequence[Placement]) -> list[Load]:

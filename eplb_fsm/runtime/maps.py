@@ -39,7 +39,7 @@ class MapWriter(Protocol):
     def write(self, prepared: object) -> None:
         """Copy into the live tables; called in stream order. Must not raise, block or allocate.
 
-        That is at a commit; with shares also at other steps, for layers that no chunk in flight touches.
+        That is at a commit; with shares also once in each epoch before its first one.
         """
         ...
 

@@ -2,8 +2,8 @@
 
 Shares are each rank's own business. Any replica of an expert gives the same result, so it does no harm if one
 rank splits its tokens by other shares than the next, or from another step on. So they need no round: a rank works them
-out from the load that all ranks have summed for the plan, and writes them once the plan is there. Only layers that
-the plan leaves alone are written then; the commits of the others bring theirs.
+out from the load that all ranks have summed for the plan, and writes them for the live placement once the plan is
+there, whatever the plan is. Each commit then brings the shares for its placement.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eplb_fsm.placement.placement import Placement
-from eplb_fsm.placement.plan import Plan
 from eplb_fsm.placement.split import warm_up, weighted_shares
 from eplb_fsm.placement.task import Load
 from eplb_fsm.placement.validate import Float64Array
@@ -43,17 +42,13 @@ class Tables:
         """Work out what :meth:`write` copies for some layers; worker thread."""
         return self._writer.prepare(bank, layers, placement, self._shares(bank, layers, placement))
 
-    def prepare_others(self, plan: Plan) -> tuple[object, ...]:
-        """Work out new shares for all layers that a plan leaves alone; worker thread. Nothing where all are equal."""
+    def prepare_shares(self, live: Sequence[Placement]) -> tuple[object, ...]:
+        """Work out new shares for the live placement of each bank; worker thread. Nothing where shares are equal."""
         if not self._is_weighted:
             return ()
-        touched = {(chunk.bank, layer) for chunk in plan.chunks for layer in chunk.layers}
-        prepared = []
-        for bank, placement in enumerate(plan.base):
-            layers = [layer for layer in range(placement.num_moe_layers) if (bank, layer) not in touched]
-            if layers:
-                prepared.append(self.prepare(bank, layers, placement))
-        return tuple(prepared)
+        return tuple(
+            self.prepare(bank, range(placement.num_moe_layers), placement) for bank, placement in enumerate(live)
+        )
 
     def write(self, prepared: object) -> None:
         """Copy into the live tables; in stream order."""

@@ -31,7 +31,7 @@ class LoadCollected(NamedTuple):
 
 
 class PlanReady(NamedTuple):
-    """This rank holds a plan that it has validated, and new shares for the layers that it leaves alone."""
+    """This rank holds a plan that it has validated, and new shares for the live placement, if shares are weighted."""
 
     epoch: int
     plan: Plan

@@ -246,14 +246,14 @@ def test_a_dead_worker_is_an_abort_and_shows_in_health() -> None:
 
 def _promise_broken(link: RankLink, how: str) -> list[Any]:
     writer = FaultyMapWriter(link.world_size)
-    options = {"integrity": "slot"} if how == "slot" else {}
+    options = {"slot": {"integrity": "slot"}, "shares": {"replica_split": "weighted"}}.get(how, {})
     loop = DecodeLoop(link, lockstep=False, connect={"map_writer": writer}, **SHORT, **options)
     fsm = loop.fsm
     fsm.maps = lambda bank=0: writer.maps[bank]  # type: ignore[method-assign]
     if link.rank == 1:
         loop.engines[0].forward = lambda *args: None  # type: ignore[method-assign]  # it would see the damage first
-        if how == "commit":
-            writer.after_write = fail(ValueError("this test broke the commit"))
+        if how in ("commit", "shares"):
+            writer.after_write = fail(ValueError("this test broke the tables"))
         else:
             writer.after_write = lambda: setattr(loop.engines[0].weights, "data", loop.engines[0].weights.zero_())
     raised: list[Any] = []
@@ -275,10 +275,15 @@ def _promise_broken(link: RankLink, how: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("commit", "a promised commit failed"), ("slot", "a committed row differs")]
+    ("how", "words"),
+    [
+        ("commit", "a promised commit failed"),
+        ("slot", "a committed row differs"),
+        ("shares", "tables could not be written"),
+    ],
 )
 def test_a_broken_promise_is_a_fail_stop(how: str, words: str) -> None:
-    """A commit that raises, or a damaged slot: that rank never gets past step() again, the others serve on."""
+    """What raises as it writes, or a damaged slot: that rank never gets past step() again, the others serve on."""
     (none, state, why, _), (raised, _, failure, outcome) = run_ranks(2, _promise_broken, how)
     assert none == []
     assert state == "STOPPED"
@@ -288,7 +293,7 @@ def test_a_broken_promise_is_a_fail_stop(how: str, words: str) -> None:
         assert words in said
         assert named == (1,)
     assert words in failure
-    assert outcome == "FAILED(COMMIT_FAILED)" or how == "slot"
+    assert outcome == "FAILED(COMMIT_FAILED)" or how != "commit"
 
 
 def _one_closes(link: RankLink, state: str) -> list[Any]:
