@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eplb_fsm.placement.balancedness import balancedness
+from eplb_fsm.placement.balancedness import mean_over_max, rank_loads
 from eplb_fsm.placement.moves import num_peer_moves
 from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.split import entered_shares, table_width, turn_tables, weighted_shares
 from eplb_fsm.placement.validate import Float64Array
 from eplb_fsm.runtime.clock import monotonic
 
@@ -43,6 +44,7 @@ def run_windows(
     planners: Mapping[str, Planner],
     start: Placement,
     on_plan: Callable[[str, int], None] = lambda name, window: None,
+    weighted: Collection[str] = (),
 ) -> list[Result]:
     """Have all planners plan for one window after the other, each going on from its own placement.
 
@@ -53,6 +55,8 @@ def run_windows(
         planners: By name. Each window goes to all of them before the next one, so that they share what disturbs.
         start: Where all of them start.
         on_plan: Told of each planner and window before it plans.
+        weighted: Planners after whose plan each slot gets the share of its expert's tokens that balances the window
+            planned for, as closely as a table says it; the next window is split by the same shares.
     """
     results = {name: Result(case, name) for name in planners}
     current = dict.fromkeys(planners, start)
@@ -64,15 +68,23 @@ def run_windows(
             began = monotonic()
             planned = plan(load, current[name])
             result.ms.append((monotonic() - began) * 1e3)
-            layers = balancedness(load, planned)
+            shares = _shares(load, planned) if name in weighted else None
+            layers = mean_over_max(rank_loads(load, planned, shares))
             result.now.append(float(layers.mean()))
             result.worst.append(float(layers.min()))
             if index < len(following):
-                result.ahead.append(float(balancedness(following[index], planned).mean()))
+                result.ahead.append(float(mean_over_max(rank_loads(following[index], planned, shares)).mean()))
             result.moves.append(num_peer_moves(current[name], planned))
             result.duplicates = num_duplicates(planned)
             current[name] = planned
     return list(results.values())
+
+
+def _shares(load: Float64Array, placement: Placement) -> Float64Array:
+    """The weighted shares as an engine gets them, rounded to the entries of its tables."""
+    width = table_width(placement, is_weighted=True)
+    tables = turn_tables(placement, range(placement.num_moe_layers), weighted_shares(load, placement), width)
+    return entered_shares(tables, placement.num_physical_experts)
 
 
 def num_duplicates(placement: Placement) -> int:

@@ -13,12 +13,14 @@ from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.validate import Float64Array, checked_load
 
 
-def rank_loads(load: ArrayLike, placement: Placement) -> Float64Array:
-    """Load of each rank when the replicas of an expert share its load equally.
+def rank_loads(load: ArrayLike, placement: Placement, shares: Float64Array | None = None) -> Float64Array:
+    """Load of each rank.
 
     Args:
         load: (num_moe_layers, num_logical_experts) tokens per expert, 0 or more.
         placement: Where the experts are.
+        shares: (num_moe_layers, num_physical_experts) share of its expert's load that each slot gets; None: the
+            replicas of an expert share its load equally.
 
     Returns:
         (num_moe_layers, num_ranks) float64, in the unit of `load`.
@@ -27,10 +29,12 @@ def rank_loads(load: ArrayLike, placement: Placement) -> Float64Array:
         LoadError: wrong shape, or an entry that is not a finite number of 0 or more.
     """
     array = checked_load(load, (placement.num_moe_layers, placement.num_logical_experts))
-    each = array / placement.logical_replica_count
+    each = array / placement.logical_replica_count if shares is None else array
     slots = placement.physical_to_logical_map
     # An empty slot reads the last expert's share here, and loses it again.
     held = each[np.arange(len(slots))[:, None], slots]
+    if shares is not None:
+        held *= shares
     held[slots < 0] = 0.0
     return np.asarray(held.reshape(len(slots), placement.num_ranks, -1).sum(axis=2))
 

@@ -16,6 +16,8 @@ from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.validate import Float64Array, checked_load
 
+_WEIGHTED_WIDTH = 64
+
 
 def weighted_shares(load: ArrayLike, placement: Placement, layers: Sequence[int] | None = None) -> Float64Array:
     """Shares with which the heaviest rank of each layer is as light as the placement allows, within 1 %.
@@ -58,6 +60,32 @@ def turn_tables(placement: Placement, layers: Sequence[int], shares: Float64Arra
 
     rows = placement.physical_to_logical_map[list(layers)]
     return take_turns(rows, np.ascontiguousarray(shares), placement.num_logical_experts, width)
+
+
+def entered_shares(tables: Int64Array, num_physical_experts: int) -> Float64Array:
+    """Shares that the slots get by the tables of :func:`turn_tables`: what is left of the wanted ones after rounding.
+
+    Args:
+        tables: (layers, num_logical_experts, width) int64.
+        num_physical_experts: Slots of a layer.
+
+    Returns:
+        (layers, num_physical_experts) float64.
+    """
+    layer, expert, column = np.nonzero(tables >= 0)
+    shares = np.zeros((len(tables), num_physical_experts))
+    totals = (tables >= 0).sum(axis=-1)
+    np.add.at(shares, (layer, tables[layer, expert, column]), 1.0 / totals[layer, expert])
+    return shares
+
+
+def table_width(placement: Placement, *, is_weighted: bool) -> int:
+    """Entries of an expert in a bank's table: room for all replicas that any placement can give one expert.
+
+    Where shares are weighted at least 64, so that they are off by less than 1 % of an expert's tokens.
+    """
+    most = placement.num_physical_experts - placement.num_logical_experts + 1
+    return max(most, _WEIGHTED_WIDTH) if is_weighted else most
 
 
 def warm_up() -> None:

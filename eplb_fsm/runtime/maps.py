@@ -15,7 +15,7 @@ import torch
 
 from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.placement import Placement
-from eplb_fsm.placement.split import turn_tables
+from eplb_fsm.placement.split import table_width, turn_tables
 from eplb_fsm.placement.validate import Float64Array
 
 
@@ -72,10 +72,6 @@ class _Rows(NamedTuple):
     new: list[torch.Tensor]
 
 
-_WEIGHTED_WIDTH = 64
-"""Entries in which weighted shares are told apart: they are off by less than 1 % of an expert's tokens."""
-
-
 class TensorMapWriter:
     """Keeps the three tables of each bank as torch tensors on one device.
 
@@ -88,8 +84,7 @@ class TensorMapWriter:
     def __init__(
         self, placements: Sequence[Placement], device: torch.device | str = "cpu", *, is_weighted: bool = False
     ) -> None:
-        least = _WEIGHTED_WIDTH if is_weighted else 0
-        self._widths = [max(p.num_physical_experts - p.num_logical_experts + 1, least) for p in placements]
+        self._widths = [table_width(placement, is_weighted=is_weighted) for placement in placements]
         self.maps = tuple(self._tables(bank, placement, device) for bank, placement in enumerate(placements))
 
     def _tables(self, bank: int, placement: Placement, device: torch.device | str) -> BankMaps:

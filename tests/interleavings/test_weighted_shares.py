@@ -32,6 +32,7 @@ def entries(maps: BankMaps) -> list[tuple[int, int, list[int]]]:
 
 
 def count_tokens(rank: SimulatedRank) -> None:
+    """Let both layers see the same skew."""
     for layer in range(2):
         rank.fsm.record(layer, SKEWED)
 

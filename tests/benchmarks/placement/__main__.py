@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ PICTURE = PAGE.parents[1] / "assets/placement.svg"
 _TABLE = re.compile(r"(<!-- measured -->\n).*?(<!-- end measured -->)", re.DOTALL)
 TARGETS = (0.95, 0.99)
 REFERENCE = "deepseek_global"
+WEIGHTED = ", weighted"
+"""At the end of the name of a planner after which tokens are split unequally among replicas."""
 
 
 def run_case(case: Case, planners: Mapping[str, Planner]) -> list[Result]:
@@ -42,7 +45,8 @@ def run_case(case: Case, planners: Mapping[str, Planner]) -> list[Result]:
     size = case.size
     first = Placement.initial(size.num_moe_layers, size.num_logical, size.num_physical, size.num_ranks)
     start = own(REFERENCE, 1.0)(case.windows[0], first)
-    return run_windows(case.name, case.windows[1:-1], case.windows[-1], planners, start)
+    weighted = [name for name in planners if name.endswith(WEIGHTED)]
+    return run_windows(case.name, case.windows[1:-1], case.windows[-1], planners, start, weighted=weighted)
 
 
 def make_planners(site_packages: Path | None) -> dict[str, Planner]:
@@ -52,21 +56,30 @@ def make_planners(site_packages: Path | None) -> dict[str, Planner]:
         "greedy swap": greedy_swap,
         REFERENCE: own(REFERENCE, 1.0),
         **{f"movement_aware {target}": own("movement_aware", target) for target in TARGETS},
+        f"no move{WEIGHTED}": no_move,
+        **{f"movement_aware {target}{WEIGHTED}": own("movement_aware", target, "weighted") for target in TARGETS},
         **peers(site_packages),
     }
 
 
-def compare(results: Sequence[Result], target: float) -> dict[str, float]:
-    """How many times fewer moves than the reference, over the cases in which not moving misses the target."""
+def compare(results: Sequence[Result], target: float, split: str) -> dict[str, Any]:
+    """How many times fewer moves than the reference, over the cases in which not moving misses the target.
+
+    Args:
+        results: All.
+        target: Of the movement-aware policy.
+        split: What the names of the planners end with; the reference's tokens are always split equally.
+    """
     by_case = {(result.case, result.planner): result for result in results}
     names = list(dict.fromkeys(result.case for result in results))
-    hard = [name for name in names if min(by_case[name, "no move"].now) < target]
-    ours = [by_case[name, f"movement_aware {target}"] for name in hard]
+    hard = [name for name in names if min(by_case[name, f"no move{split}"].now) < target]
+    ours = [by_case[name, f"movement_aware {target}{split}"] for name in hard]
     theirs = [by_case[name, REFERENCE] for name in hard]
     ratios = [sum(b.moves) / max(1, sum(a.moves)) for a, b in zip(ours, theirs, strict=True)]
     ahead = [statistics.fmean(a.ahead) - statistics.fmean(b.ahead) for a, b in zip(ours, theirs, strict=True)]
     return {
         "target": target,
+        "replica_split": "weighted" if split else "equal",
         "cases": len(hard),
         "cases_good_without_moves": len(names) - len(hard),
         "fewer_moves_median": statistics.median(ratios),
@@ -96,7 +109,10 @@ def main() -> None:
         if args.only in case.name:
             results += run_case(case, planners)
             print_case(results[-len(planners) :])
-    rows, comparison = summarize(results), [compare(results, target) for target in TARGETS]
+    rows, comparison = (
+        summarize(results),
+        [compare(results, target, split) for split in ("", WEIGHTED) for target in TARGETS],
+    )
     machine = {**describe_machine(), "is_compiled": IS_COMPILED}
     report = {"machine": machine, "summary": rows, "comparison": comparison}
     print(json.dumps(report, indent=2))
@@ -110,7 +126,7 @@ def main() -> None:
         args.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
 
 
-def markdown(rows: Mapping[str, Mapping[str, float]], comparison: Sequence[Mapping[str, float]]) -> str:
+def markdown(rows: Mapping[str, Mapping[str, float]], comparison: Sequence[Mapping[str, Any]]) -> str:
     """The summary as a table, and a sentence for each target."""
     lines = [
         "| planner | balancedness of the window planned for | of the next one | moves | a plan, median and most, ms |",
@@ -122,7 +138,8 @@ def markdown(rows: Mapping[str, Mapping[str, float]], comparison: Sequence[Mappi
     for one in comparison:
         lines += [
             "",
-            f"Target {one['target']}: over the {one['cases']} cases that miss it without moves "
+            f"Target {one['target']}, replicas with {one['replica_split']} shares: over the {one['cases']} cases that "
+            "miss it without moves "
             f"({one['cases_good_without_moves']} do not), {one['fewer_moves_median']:.1f} times fewer moves than "
             f"`{REFERENCE}` in the median and {one['fewer_moves_min']:.1f} times at least; the next window is less "
             f"balanced by {-one['balance_next_median_difference']:.4f} in the median, "

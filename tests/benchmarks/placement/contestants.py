@@ -14,9 +14,9 @@ from eplb_fsm.placement import Placement, Topology, get_policy
 from eplb_fsm.placement.balancedness import rank_loads
 
 
-def own(name: str, target: float) -> Planner:
+def own(name: str, target: float, replica_split: str = "equal") -> Planner:
     """A policy of this library."""
-    policy = get_policy(name, target)
+    policy = get_policy(name, target, replica_split)
     return lambda load, current: policy.plan(load, current, Topology(current.num_ranks))
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.benchmarks.placement.__main__ import REFERENCE, compare, make_planners, markdown, run_case, summarize
+from tests.benchmarks.placement.__main__ import (
+    REFERENCE,
+    WEIGHTED,
+    compare,
+    make_planners,
+    markdown,
+    run_case,
+    summarize,
+)
 from tests.benchmarks.placement.loads import Case, Size
 
 SIZE = Size(3, 16, 20, 4)
@@ -29,10 +37,20 @@ def test_every_planner_is_measured_on_the_same_windows() -> None:
 def test_the_comparison_leaves_out_what_is_balanced_without_moves() -> None:
     """A case in which not moving reaches the target is counted apart."""
     results = run_case(small_case(), make_planners(None))
-    assert compare(results, 0.95)["cases"] == 1
+    assert compare(results, 0.95, "")["cases"] == 1
     easy = Case("easy", SIZE, (np.ones((3, 16)),) * 4)
     both = results + run_case(easy, make_planners(None))
-    counted = compare(both, 0.95)
+    counted = compare(both, 0.95, "")
     assert (counted["cases"], counted["cases_good_without_moves"]) == (1, 1)
     assert counted["fewer_moves_min"] > 1.0
+    weighted = compare(both, 0.95, WEIGHTED)
+    assert weighted["cases"] + weighted["cases_good_without_moves"] == 2
     assert REFERENCE in markdown(summarize(both), [counted])
+
+
+def test_weighted_shares_need_fewer_moves() -> None:
+    """And are split as the window before wanted it, so the next one is no better balanced than that."""
+    rows = summarize(run_case(small_case(), make_planners(None)))
+    assert rows[f"movement_aware 0.95{WEIGHTED}"]["moves"] <= rows["movement_aware 0.95"]["moves"]
+    assert rows[f"no move{WEIGHTED}"]["balance_now"] > rows["no move"]["balance_now"]
+    assert rows[f"no move{WEIGHTED}"]["balance_next"] < rows[f"no move{WEIGHTED}"]["balance_now"]

@@ -9,7 +9,13 @@ from scipy.optimize import linprog
 from eplb_fsm.errors import LoadError
 from eplb_fsm.placement import Placement, Topology, get_policy
 from eplb_fsm.placement.balancedness import rank_loads
-from eplb_fsm.placement.split import turn_tables, weighted_rank_loads, weighted_shares
+from eplb_fsm.placement.split import (
+    entered_shares,
+    table_width,
+    turn_tables,
+    weighted_rank_loads,
+    weighted_shares,
+)
 
 SIZES = [(256, 288, 32), (256, 320, 64), (160, 192, 16), (128, 144, 8), (384, 448, 64), (24, 32, 8), (12, 18, 3)]
 
@@ -78,6 +84,18 @@ def test_bad_loads_are_refused() -> None:
     placement = Placement.initial(1, 4, 8, 2)
     with pytest.raises(LoadError, match="0 or more"):
         weighted_shares([[1.0, -1.0, 0.0, 0.0]], placement)
+
+
+def test_shares_in_a_table_are_close_to_the_wanted_ones() -> None:
+    """And sum to 1 for each expert, on every layer."""
+    placement, load = drifted((24, 32, 8), 2)
+    shares = weighted_shares(load, placement)
+    entered = entered_shares(turn_tables(placement, [0], shares, table_width(placement, is_weighted=True)), 32)
+    row = placement.physical_to_logical_map[0]
+    assert [entered[0, row == expert].sum() for expert in range(24)] == pytest.approx([1.0] * 24)
+    assert np.abs(entered - shares).max() <= 0.75 / 64
+    assert np.abs(entered - shares).max() > 0.0
+    assert rank_loads(load, placement, entered).max() <= weighted_rank_loads(load, placement).max() * 1.02
 
 
 def table_of(shares: list[float], width: int) -> list[int]:
