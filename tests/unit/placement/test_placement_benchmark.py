@@ -49,8 +49,7 @@ def test_the_comparison_leaves_out_what_is_balanced_without_moves() -> None:
 
 
 def test_weighted_shares_need_fewer_moves() -> None:
-    """And are split as the window before wanted it, so the next one is no better balanced than that."""
+    """And without any they balance what was planned for better than equal ones."""
     rows = summarize(run_case(small_case(), make_planners(None)))
     assert rows[f"movement_aware 0.95{WEIGHTED}"]["moves"] <= rows["movement_aware 0.95"]["moves"]
     assert rows[f"no move{WEIGHTED}"]["balance_now"] > rows["no move"]["balance_now"]
-    assert rows[f"no move{WEIGHTED}"]["balance_next"] < rows[f"no move{WEIGHTED}"]["balance_now"]
