@@ -29,6 +29,12 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="policies (default: all, but for deepseek_refined, which is slow, and deepseek_hierarchical)",
     )
+    add(
+        "--replica-split",
+        choices=("equal", "weighted"),
+        default="equal",
+        help="how tokens are divided among replicas, by all policies (default %(default)s)",
+    )
     add("--window-size", type=int, default=1, metavar="N", help="recorded windows to a plan (default %(default)s)")
     add("--plot", type=Path, metavar="FILE", help="balance against moves, one point a policy (.svg, .png or .pdf)")
     add("--quiet", action="store_true", help="no progress")

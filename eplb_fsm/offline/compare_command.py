@@ -42,7 +42,7 @@ def run_compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.plot is not None:
         check_plot(args.plot)
     problem = read_problem(args)
-    planners = {_NO_MOVE: _no_move, **_policies(args.eplb_algorithms, problem)}
+    planners = {_NO_MOVE: _no_move, **_policies(args.eplb_algorithms, problem, args.replica_split)}
     windows, start = _windows(problem, args.window_size)
     total = len(windows) * len(planners)
 
@@ -51,7 +51,9 @@ def run_compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         sys.stderr.write(f"\r{done} of {total} plans, now {name}".ljust(60))
         sys.stderr.flush()
 
-    results = run_windows(args.loads.name, windows, None, planners, start, (lambda *_: None) if args.quiet else show)
+    weighted = planners if args.replica_split == "weighted" else ()
+    on_plan = (lambda *_: None) if args.quiet else show
+    results = run_windows(args.loads.name, windows, None, planners, start, on_plan, weighted)
     if not args.quiet:
         sys.stderr.write("\r" + " " * 60 + "\r")
     rows = summarize(results)
@@ -64,13 +66,13 @@ def _no_move(load: Float64Array, current: Placement) -> Placement:
     return current
 
 
-def _policies(names: str | None, problem: Problem) -> dict[str, Planner]:
+def _policies(names: str | None, problem: Problem, replica_split: str) -> dict[str, Planner]:
     chosen = [name for name in policy_names() if name not in _NOT_BY_DEFAULT] if names is None else names.split(",")
-    return {name.strip(): _planner(name.strip(), problem) for name in chosen}
+    return {name.strip(): _planner(name.strip(), problem, replica_split) for name in chosen}
 
 
-def _planner(name: str, problem: Problem) -> Planner:
-    policy = get_policy(name, problem.target_balancedness)
+def _planner(name: str, problem: Problem, replica_split: str) -> Planner:
+    policy = get_policy(name, problem.target_balancedness, replica_split)
     warm_up = getattr(policy, "warm_up", None)
     if warm_up is not None:
         warm_up()  # the compiler runs before the clock does

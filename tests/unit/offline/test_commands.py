@@ -92,6 +92,20 @@ def test_policies_are_compared(loads: Path, capsys: pytest.CaptureFixture[str]) 
     assert b"<svg" in plot.read_bytes()
 
 
+def test_policies_are_compared_with_weighted_shares(loads: Path) -> None:
+    """Every policy balances its own window better, and movement_aware needs fewer moves for it."""
+    rows = {}
+    for split in ("equal", "weighted"):
+        figures = loads.with_name(f"{split}.json")
+        flags = ("--replica-split", split, "--json", str(figures), "--quiet")
+        assert main(["compare", str(loads), *RANKS, *flags]) == 0
+        rows[split] = json.loads(figures.read_text())["summary"]
+    assert all(
+        rows["weighted"][name]["balance_now"] > rows["equal"][name]["balance_now"] for name in ("no move", "deepseek")
+    )
+    assert rows["weighted"]["movement_aware"]["moves"] < rows["equal"]["movement_aware"]["moves"]
+
+
 def test_windows_are_summed(loads: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two windows to a plan: the fifth one is left over, and of two plans' windows the first makes the start."""
     figures = loads.with_name("figures.json")
