@@ -281,7 +281,7 @@ class Driver:
             self._take_failure(message)
 
     def _take_plan(self, message: messages.PlanReady) -> None:
-        terms = self._runner.accept_plan(message.plan, self.core.lag)
+        terms = self._runner.accept_plan(message.plan, message.seen, self.core.lag)
         self.core.plan_ready(message.epoch, terms)
         self._recorder.record(
             "PlanReady",

@@ -7,7 +7,7 @@ from functools import partial
 
 from eplb_fsm.core.rank import PlanTerms
 from eplb_fsm.load.recorder import LoadSource
-from eplb_fsm.observe.gains import GainWatch
+from eplb_fsm.observe.gains import GainWatch, Seen
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan, live_digest
 from eplb_fsm.runtime.costs import Measured
@@ -71,7 +71,9 @@ class EpochRunner:
         self._epoch = epoch
         self._device.enqueue(self._load.snapshot)
         taken = self._device.record_event()
-        brought = PlanInput(self._load.snapshots, taken, self.placements, measured, self.gains.trust)
+        brought = PlanInput(
+            self._load.snapshots, taken, self.placements, measured, self.gains.trust, self.gains.unmoved
+        )
         self._submit(self._jobs.make_plan(epoch, brought))
 
     def write_tables(self, prepared: Sequence[object]) -> None:
@@ -79,10 +81,10 @@ class EpochRunner:
         for tables in prepared:
             self._device.enqueue(partial(self._jobs.tables.write, tables))
 
-    def accept_plan(self, plan: Plan, lag: int) -> PlanTerms:
-        """Keep a plan and return what the core must know of it."""
+    def accept_plan(self, plan: Plan, seen: Seen | None, lag: int) -> PlanTerms:
+        """Keep a plan, and what was seen of the last one, and return what the core must know of it."""
         self.plan = plan
-        self.gains.planned(plan)
+        self.gains.planned(plan, seen)
         self._num_begun = 0
         self._num_committed = 0
         self._programs.clear()

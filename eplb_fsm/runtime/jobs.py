@@ -12,6 +12,7 @@ import torch
 
 from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.core.reasons import AbortReason
+from eplb_fsm.observe.gains import Seen
 from eplb_fsm.placement.estimate import LoadEstimator
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Chunk, Plan
@@ -49,6 +50,7 @@ class PlanInput(NamedTuple):
         current: The live placement of each bank.
         measured: What it knows of the cost of moving.
         trust: Share of predicted gains that came true lately; the same on all ranks.
+        unmoved: What the last committed epoch began with; None where there is none, or its gain is measured.
     """
 
     snapshots: Sequence[torch.Tensor]
@@ -56,6 +58,7 @@ class PlanInput(NamedTuple):
     current: tuple[Placement, ...]
     measured: Measured
     trust: float
+    unmoved: tuple[Placement, ...] | None
 
 
 @dataclass(slots=True)
@@ -99,14 +102,16 @@ class Jobs:
         return self.config.transfer_timeout_s + self.config.plan_timeout_s
 
     def _make_plan(self, epoch: int, brought: PlanInput) -> Iterator[Pending]:
-        snapshots, taken, current, measured, trust = brought
+        snapshots, taken, current, measured, trust, unmoved = brought
         yield taken
         parts = [snapshot.reshape(-1).to("cpu", torch.int64) for snapshot in snapshots]
         total = torch.cat([*parts, torch.tensor(measured, dtype=torch.int64)])
         yield self.transport.all_reduce_sum(total)
         self.mailbox.put(LoadCollected(epoch))
         yield self.pace.breathe()
-        loads = self.estimator.update(self._split(total.numpy(), current))
+        window = self._split(total.numpy(), current)
+        seen = self._see(window, current, unmoved)
+        loads = self.estimator.update(window)
         costs = costs_of(total[-len(measured) :].tolist(), self.domain.world_size, self.config, trust)
         if self.config.plan_source == "every_rank":
             encoded = yield from self._compute(loads, current, costs)
@@ -115,7 +120,14 @@ class Jobs:
         yield self.pace.breathe()
         plan = self.task.decode(encoded, current)
         self.tables.follow(loads)
-        self.mailbox.put(PlanReady(epoch, plan, self.tables.prepare_shares(current)))
+        self.mailbox.put(PlanReady(epoch, plan, self.tables.prepare_shares(current), seen))
+
+    def _see(
+        self, window: Sequence[Load], live: tuple[Placement, ...], unmoved: tuple[Placement, ...] | None
+    ) -> Seen | None:
+        if unmoved is None or not any(load.any() for load in window):
+            return None
+        return Seen(self.tables.balancedness(window, live), self.tables.balancedness(window, unmoved))
 
     @staticmethod
     def _split(total: Load, current: Sequence[Placement]) -> list[Load]:

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from eplb_fsm.placement.balancedness import mean_over_max, rank_loads
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.split import warm_up, weighted_shares
 from eplb_fsm.placement.task import Load
@@ -49,6 +52,14 @@ class Tables:
         return tuple(
             self.prepare(bank, range(placement.num_moe_layers), placement) for bank, placement in enumerate(live)
         )
+
+    def balancedness(self, window: Sequence[Load], placements: Sequence[Placement]) -> float:
+        """Mean balancedness over all layers under a window, with the shares that are written now; worker thread."""
+        layers = [
+            mean_over_max(rank_loads(load, placement, self._shares(bank, range(len(load)), placement)))
+            for bank, (load, placement) in enumerate(zip(window, placements, strict=True))
+        ]
+        return float(np.concatenate(layers).mean())
 
     def write(self, prepared: object) -> None:
         """Copy into the live tables; in stream order."""

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.errors import PlanError, TransportLost
+from eplb_fsm.observe.gains import Seen
 from eplb_fsm.placement.plan import Plan
 from eplb_fsm.runtime.clock import Clock, monotonic
 from eplb_fsm.runtime.pending import Pending
@@ -36,6 +37,8 @@ class PlanReady(NamedTuple):
     epoch: int
     plan: Plan
     tables: Sequence[object]
+    seen: Seen | None
+    """What the window says of the last committed epoch."""
 
 
 class ChunkStaged(NamedTuple):

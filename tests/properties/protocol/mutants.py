@@ -155,8 +155,8 @@ def begin_alone(patch: Patch) -> None:
     """A rank begins to transfer as soon as its own plan is there."""
     accept_plan, plan_ready = EpochRunner.accept_plan, RankCore.plan_ready
 
-    def accept_and_stage(self: EpochRunner, plan: Any, lag: int) -> PlanTerms:
-        terms = accept_plan(self, plan, lag)
+    def accept_and_stage(self: EpochRunner, plan: Any, *further: Any) -> PlanTerms:
+        terms = accept_plan(self, plan, *further)
         self.begin()
         return terms
 

@@ -113,8 +113,8 @@ def believe_the_plan(patch: Patch) -> None:
     """The placement that a rank believes in is that of its plan before anything is committed."""
     accept_plan = EpochRunner.accept_plan
 
-    def accept_and_believe(self: EpochRunner, plan: Any, lag: int) -> PlanTerms:
+    def accept_and_believe(self: EpochRunner, plan: Any, *further: Any) -> PlanTerms:
         self.placements = plan.banks
-        return accept_plan(self, plan, lag)
+        return accept_plan(self, plan, *further)
 
     patch.setattr(EpochRunner, "accept_plan", accept_and_believe)

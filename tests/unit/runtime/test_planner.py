@@ -43,7 +43,7 @@ def _num_open_files() -> int:
 def test_both_planners_make_the_same_plan_and_leave_no_descriptor() -> None:
     """A child process computes what a thread computes; after close() its pipe is gone, and close() may come twice."""
     before = _num_open_files()
-    planner = ProcessPlanner(_task("deepseek"), start_timeout_s=30, plan_timeout_s=30)
+    planner = ProcessPlanner(_task("deepseek"), start_timeout_s=100, plan_timeout_s=30)
     theirs = _plan(planner)
     assert np.array_equal(theirs, _plan(InlinePlanner(_task("deepseek"))))  # type: ignore[arg-type]
     planner.close()
@@ -56,7 +56,7 @@ def test_both_planners_make_the_same_plan_and_leave_no_descriptor() -> None:
 def test_a_planner_warms_its_policy_up() -> None:
     """Both planners call warm_up() where a policy has one, before they plan."""
     task = _task("tests.dist.policies:NeedsWarmUp")
-    planner = ProcessPlanner(task, start_timeout_s=30, plan_timeout_s=30)
+    planner = ProcessPlanner(task, start_timeout_s=100, plan_timeout_s=30)
     theirs = _plan(planner)
     planner.close()
     assert np.array_equal(theirs, _plan(InlinePlanner(task)))  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_a_policy_error_is_the_plans_and_a_restart_follows_a_death(
     """Raising, exiting and hanging are POLICY_ERROR with words; the planner goes on, with a new child where it must."""
     marker = tmp_path / "marker"
     monkeypatch.setenv(MARKER, str(marker))
-    planner = ProcessPlanner(_task("tests.dist.policies:Marked"), start_timeout_s=30, plan_timeout_s=5)
+    planner = ProcessPlanner(_task("tests.dist.policies:Marked"), start_timeout_s=100, plan_timeout_s=5)
     before = _num_open_files()
     for how, words in (
         ("raise", "ValueError: this policy does not like the load"),
@@ -100,7 +100,7 @@ def test_closing_wakes_a_worker_that_waits_for_a_plan(tmp_path: Path, monkeypatc
     marker = tmp_path / "marker"
     marker.write_text("hang")
     monkeypatch.setenv(MARKER, str(marker))
-    planner = ProcessPlanner(_task("tests.dist.policies:Marked"), start_timeout_s=30, plan_timeout_s=60)
+    planner = ProcessPlanner(_task("tests.dist.policies:Marked"), start_timeout_s=100, plan_timeout_s=60)
     raised: list[BaseException] = []
 
     def wait() -> None:
@@ -125,7 +125,7 @@ def test_a_policy_that_is_not_there_is_a_configuration_error(policy: str) -> Non
     with pytest.raises(ConfigError, match=policy.split(":")[-1]):
         InlinePlanner(_task(policy))
     with pytest.raises(ConfigError, match=policy.split(":")[-1]):
-        ProcessPlanner(_task(policy), start_timeout_s=30, plan_timeout_s=1)
+        ProcessPlanner(_task(policy), start_timeout_s=100, plan_timeout_s=1)
     assert _num_open_files() == before
 
 
@@ -139,7 +139,7 @@ _PARENT = """
 import sys
 sys.path[:0] = {path!r}
 from tests.unit.runtime.test_planner import ProcessPlanner, _CURRENT, _LOAD, _task
-planner = ProcessPlanner(_task("tests.dist.policies:Marked"), start_timeout_s=30, plan_timeout_s=60)
+planner = ProcessPlanner(_task("tests.dist.policies:Marked"), start_timeout_s=100, plan_timeout_s=60)
 planner.submit([_LOAD], [_CURRENT], None)
 print(planner._process.pid, flush=True)
 sys.stdin.read()
