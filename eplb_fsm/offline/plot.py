@@ -10,6 +10,9 @@ from typing import Any
 from eplb_fsm.errors import ConfigError
 
 _SUFFIXES = (".svg", ".png", ".pdf")
+_NUM_COLORS = 10
+"""Of matplotlib's default cycle; after it another marker tells points of one colour apart."""
+_MARKERS = "oD^s"
 
 
 def check_plot(path: Path) -> None:
@@ -44,8 +47,8 @@ def plot_balance(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for name, row in rows.items():
         point = row["moves"] / row["plans"], row["balance_next" if is_next else "balance_now"]
         names.setdefault(point, []).append(name)
-    for point, same in names.items():
-        axes.plot(*point, "o", label=", ".join(same))
+    for index, (point, same) in enumerate(names.items()):
+        axes.plot(*point, _MARKERS[index // _NUM_COLORS % len(_MARKERS)], label=", ".join(same))
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=-0.2)
     axes.set_xlabel("experts that come from another rank, a plan")
