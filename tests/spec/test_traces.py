@@ -70,9 +70,20 @@ def lost_for_good(cluster: SimulatedCluster) -> None:
     cluster.run_until(lambda: not cluster.living, MAX_ACTIONS)
 
 
+def tables_are_gone(cluster: SimulatedCluster) -> None:
+    """A rank cannot write the shares of a new plan: a fail-stop of its own."""
+
+    def write_tables(prepared: Sequence[object]) -> None:
+        raise RuntimeError("this test broke the tables")
+
+    cluster.ranks[1].parts.runner.write_tables = write_tables  # type: ignore[method-assign]
+    cluster.ranks[0].fsm.request_rebalance()
+    cluster.run_until(lambda: not cluster.ranks[1].is_alive, MAX_ACTIONS)
+
+
 def test_the_spec_accepts_whatever_a_rank_can_record(tmp_path: Path) -> None:
     """Lost and resolved decisions, commits that fail, fail-stops, requests of all kinds: each action is accepted."""
-    for seed, case in enumerate((*CASES, lost_for_good)):
+    for seed, case in enumerate((*CASES, lost_for_good, tables_are_gone)):
         traces = [NdjsonTrace(tmp_path / case.__name__, rank) for rank in range(3)]
         case(make_cluster(seed, lambda rank, traces=traces: (traces[rank],)))
         for trace in traces:
@@ -81,6 +92,14 @@ def test_the_spec_accepts_whatever_a_rank_can_record(tmp_path: Path) -> None:
     assert [result for result in found if not result.is_accepted] == []
     actions = {event.action for result in found for own in result.run.events for event in own}
     assert actions == {"Init", *recorded_in_product()}
+    causes = [
+        event.detail["cause"]
+        for result in found
+        for own in result.run.events
+        for event in own
+        if event.action == "FailStop"
+    ]
+    assert {"UNRESOLVED", "TABLES_DAMAGED"} <= set(causes)
 
 
 def read_own(self: RankCore, tally: Tally) -> Decision:
