@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.optimize import linprog
 
 from eplb_fsm.errors import LoadError
-from eplb_fsm.placement import Placement, Topology, get_policy
+from eplb_fsm.placement import Placement
 from eplb_fsm.placement.balancedness import rank_loads
 from eplb_fsm.placement.split import (
     entered_shares,
@@ -16,40 +15,20 @@ from eplb_fsm.placement.split import (
     weighted_rank_loads,
     weighted_shares,
 )
+from tests.benchmarks.placement.loads import SIZES, Size
+from tests.benchmarks.split import drifted, lightest_heaviest_rank
 
-SIZES = [(256, 288, 32), (256, 320, 64), (160, 192, 16), (128, 144, 8), (384, 448, 64), (24, 32, 8), (12, 18, 3)]
-
-
-def lightest_heaviest_rank(load: np.ndarray, row: np.ndarray, num_ranks: int) -> float:
-    """The least load of the heaviest rank, by a linear program: amounts of each slot, and the heaviest rank's load."""
-    num_slots, num_experts = len(row), len(load)
-    sums = np.zeros((num_experts, num_slots + 1))
-    sums[row, np.arange(num_slots)] = 1.0
-    ranks = np.zeros((num_ranks, num_slots + 1))
-    ranks[np.arange(num_slots) // (num_slots // num_ranks), np.arange(num_slots)] = 1.0
-    ranks[:, -1] = -1.0
-    solved = linprog([0.0] * num_slots + [1.0], ranks, np.zeros(num_ranks), sums, load)
-    assert solved.success
-    return float(solved.fun)
+SMALL = Size(1, 24, 32, 8)
+LAYERS = [*(size._replace(num_moe_layers=1) for size in SIZES.values()), SMALL, Size(1, 12, 18, 3)]
 
 
-def drifted(size: tuple[int, int, int], seed: int) -> tuple[Placement, np.ndarray]:
-    """DeepSeek's placement for some load, and the load after a drift; one layer."""
-    num_experts, num_slots, num_ranks = size
-    rng = np.random.default_rng(seed)
-    load = rng.lognormal(0.0, rng.choice([0.8, 1.4]), (1, num_experts)) * 1000
-    first = Placement.initial(1, num_experts, num_slots, num_ranks)
-    current = get_policy("deepseek_global").plan(load, first, Topology(num_ranks))
-    return current, np.round(load * rng.lognormal(0.0, 0.3, load.shape))
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_heaviest_rank_is_as_light_as_the_linear_program_can_make_it(size: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("size", LAYERS, ids=str)
+def test_the_heaviest_rank_is_as_light_as_the_linear_program_can_make_it(size: Size) -> None:
     """Within 1 %, at real sizes; and lighter than with equal shares."""
     for seed in range(5):
-        placement, load = drifted(size, seed)
+        placement, load = drifted(size, 0.3, seed)
         heaviest = weighted_rank_loads(load, placement).max()
-        optimum = lightest_heaviest_rank(load[0], placement.physical_to_logical_map[0], size[2])
+        optimum = lightest_heaviest_rank(load[0], placement.physical_to_logical_map[0], size.num_ranks)
         assert optimum * (1 - 1e-9) <= heaviest <= optimum * 1.01
         assert heaviest <= rank_loads(load, placement).max() * (1 + 1e-9)
 
@@ -88,7 +67,7 @@ def test_bad_loads_are_refused() -> None:
 
 def test_shares_in_a_table_are_close_to_the_wanted_ones() -> None:
     """And sum to 1 for each expert, on every layer."""
-    placement, load = drifted((24, 32, 8), 2)
+    placement, load = drifted(SMALL, 0.3)
     shares = weighted_shares(load, placement)
     entered = entered_shares(turn_tables(placement, [0], shares, table_width(placement, is_weighted=True)), 32)
     row = placement.physical_to_logical_map[0]
@@ -137,6 +116,6 @@ def test_what_a_table_cannot_say_exactly_it_says_closely() -> None:
 
 def test_tables_of_equal_shares_are_those_without_a_split() -> None:
     """Bit for bit, so that nothing changes for who does not split."""
-    placement, _ = drifted((24, 32, 8), 1)
+    placement, _ = drifted(SMALL, 0.3)
     equal = 1.0 / placement.logical_replica_count[0][placement.physical_to_logical_map]
     assert turn_tables(placement, [0], equal, 9).tolist() == placement.logical_to_physical(9, [0]).tolist()
