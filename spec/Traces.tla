@@ -122,17 +122,20 @@ Posting(r, e, c) ==
     IN [Becomes(c.state # "STOPPED" /\ window[r] = "no" /\ PostIsDue(c) /\ says = e.vote /\ raises, after)
         EXCEPT !.vote = WithLag(vote, e.lag)]
 
-(* How long the back-off after an abort is, and the cool-down after an epoch, is up to the code, within its bounds. *)
-BackoffIsKept(e, c, decision) ==
-    IF decision.kind = "ABORT"
-    THEN c.step + Its.backoff <= e.earliest /\ e.earliest <= c.step + Its.max_backoff
-    ELSE e.earliest = c.earliest \/ (decision.kind = "COMMIT" /\ c.step <= e.earliest)
+(* How long the back-off after an abort is, is up to the code, within its bounds. The cool-down follows the last COMMIT
+   of an epoch. *)
+EarliestIsRight(e, c, after, decision) ==
+    CASE decision.kind = "ABORT" -> c.step + Its.backoff <= e.earliest /\ e.earliest <= c.step + Its.max_backoff
+      [] decision.kind = "COMMIT" /\ after.state = "IDLE" /\ Its.cooldown > 0 -> e.earliest = c.step + Its.cooldown
+      [] OTHER -> e.earliest = c.earliest
 
 Reading(r, e, c) ==
     LET decision == Decide(Tally(c.posted.round))
         may == window[r] = "no" /\ ReadIsDue(c) /\ IsComplete(c.posted.round)
-               /\ decision = Decision(e.decision, e.reason) /\ BackoffIsKept(e, c, decision)
-    IN IF ~may THEN Becomes(FALSE, c) ELSE Becomes(TRUE, [read_round(c, decision) EXCEPT !.earliest = e.earliest])
+               /\ decision = Decision(e.decision, e.reason)
+        after == read_round(c, decision)
+    IN IF ~may THEN Becomes(FALSE, c)
+       ELSE Becomes(EarliestIsRight(e, c, after, decision), [after EXCEPT !.earliest = e.earliest])
 
 FailingCommit(r, e, c) ==
     LET decision == Decide(Tally(c.posted.round))
@@ -158,7 +161,7 @@ Resolving(r, e, c) ==
         may == window[r] = "resolving" /\ found = e.decision
         after == resolve_round(c, found = "COMMIT", e.lost)
     IN IF ~may THEN Becomes(FALSE, c)
-       ELSE [Becomes(BackoffIsKept(e, c, Decision(found, "none")), [after EXCEPT !.earliest = e.earliest])
+       ELSE [Becomes(EarliestIsRight(e, c, after, Decision(found, "none")), [after EXCEPT !.earliest = e.earliest])
              EXCEPT !.window = "resolved"]
 
 Takes(c) == ~HasPosted(c)

@@ -72,6 +72,7 @@ class RunEncoder:
             "deadline": {state: init[f"{state.lower()}_deadline_steps"] for state in deadlines},
             "backoff": init["backoff_steps"],
             "max_backoff": init["max_backoff_steps"],
+            "cooldown": init["cooldown_steps"],
             "lag": init["lag"],
             "live": self._lives.number(self._run.events[0][0].words["live_digest"]),
             "has_pass_ids": any(e.detail.get("pass_id") for own in self._run.events for e in own),

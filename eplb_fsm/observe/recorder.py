@@ -67,6 +67,7 @@ class EventRecorder:
             drain_deadline_steps=config.drain_deadline_steps,
             backoff_steps=config.backoff_steps,
             max_backoff_steps=config.max_backoff_steps,
+            cooldown_steps=config.cooldown_steps,
         )
 
     def record_vote(self, vote: Vote) -> None:
