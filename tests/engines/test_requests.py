@@ -68,6 +68,20 @@ def test_generated_tokens_are_told_from_prompt() -> None:
     assert made[:begin] == [-1] * begin
 
 
+def test_tokens_of_prompts_are_told_from_generated_ones() -> None:
+    """A request feeds its prompt, at least three quarters of six tokens, and then only what was generated."""
+    requests = SlotRequests(SHORT, 0, 3)
+    seen = []
+    for step in range(7):  # no request is over by then
+        requests.take(step)
+        seen.append(requests.is_prompt.tolist())
+        requests.give(np.full(3, 65))
+    for slot in zip(*seen, strict=True):
+        num_prompt = sum(slot)
+        assert 5 <= num_prompt <= 6
+        assert list(slot) == [True] * num_prompt + [False] * (7 - num_prompt)
+
+
 def test_slots_run_empty() -> None:
     """With a limit each slot ends for itself, the rank has zero live tokens at last and is finished."""
     workload = Workload(requests_per_slot=2, prompt_tokens=6, generate_tokens=4)

@@ -37,8 +37,9 @@ class Corruption:
         self._model, self._kind, self._step = model, kind, step
         self.recorded = torch.zeros(LAYERS, EXPERTS, dtype=torch.int64)
 
-    def record(self, layer: int, topk_ids: torch.Tensor) -> None:
+    def record(self, layer: int, topk_ids: torch.Tensor, *, prefill: torch.Tensor) -> None:
         """Count, so that the sum can be compared with the tokens that were decoded."""
+        assert len(prefill) == len(topk_ids)
         self.recorded[layer] += torch.bincount(topk_ids.flatten(), minlength=EXPERTS)
 
     def step(self, pass_id: int | None = None) -> None:

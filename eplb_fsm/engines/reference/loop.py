@@ -23,8 +23,8 @@ NAME_LOST_PEERS_S = 3.0
 class Rebalancer(Protocol):
     """What the loop needs of a `RebalanceFSM`."""
 
-    def record(self, layer: int, topk_ids: torch.Tensor) -> None:
-        """Counts the router's choice, int64 `(tokens, top_k)`; inside the forward pass."""
+    def record(self, layer: int, topk_ids: torch.Tensor, *, prefill: torch.Tensor) -> None:
+        """Counts the router's choice, int64 `(tokens, top_k)`, and which tokens are of prompts; in the forward pass."""
 
     def step(self, pass_id: int | None = None) -> Any:
         """Is called after every forward pass, real or dummy, on every rank."""
@@ -70,7 +70,7 @@ class DecodeLoop:
         self._model, self._requests, self._most_steps = model, requests, most_steps
         self._rebalancer, self._piggyback, self._state, self._group = rebalancer, piggyback, state, group
         self._lost_peers = lost_peers
-        model.bind_record(rebalancer.record if rebalancer is not None else None)
+        model.bind_record(self._record if rebalancer is not None else None)
         placement = model.placement
         self.timeline = Timeline.empty(most_steps, placement.num_moe_layers, placement.num_ranks, model.max_sequences)
         words = 0 if piggyback is None else len(piggyback.outgoing())
@@ -137,6 +137,10 @@ class DecodeLoop:
         ranks = () if self._lost_peers is None else tuple(self._lost_peers(NAME_LOST_PEERS_S))
         who = f"ranks {list(ranks)} ended or hang" if ranks else "a rank ended or hangs"
         return PeerLost(f"{who}; rank {self._model.rank} stops at pass {self.steps} ({error})", ranks)
+
+    def _record(self, layer: int, topk_ids: torch.Tensor) -> None:
+        assert self._rebalancer is not None
+        self._rebalancer.record(layer, topk_ids, prefill=self._requests.is_prompt)
 
     def _rebalance(self, step: int) -> None:
         if self._rebalancer is None:

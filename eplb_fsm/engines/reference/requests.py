@@ -81,6 +81,8 @@ class SlotRequests:
         self._numbers = np.zeros(slots, dtype=np.int64)
         self._live = np.zeros(slots, dtype=bool)
         self._rows = np.arange(slots)
+        self.is_prompt = torch.zeros(slots, dtype=torch.bool)
+        """bool `(tokens,)`: which tokens of the last :meth:`take` are of prompts."""
         self._phase = 0
         if rank not in workload.idle_ranks:
             self._restart()
@@ -106,6 +108,7 @@ class SlotRequests:
         whole = len(self._rows) == self._slots
         tokens, positions = self._tokens[self._rows], self._positions[self._rows]
         rows = None if whole else torch.from_numpy(self._rows)
+        self.is_prompt = torch.from_numpy(positions < self._prompt_ends[self._rows])
         return PassInput(torch.from_numpy(tokens), torch.from_numpy(positions), rows)
 
     def give(self, chosen: np.ndarray) -> np.ndarray:
