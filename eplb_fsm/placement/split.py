@@ -7,6 +7,7 @@ the table that it looks replicas up in anyway (:mod:`~eplb_fsm.placement.kernels
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from numpy.typing import ArrayLike
 from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.validate import Float64Array, checked_load
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTED_WIDTH = 64
 
@@ -90,6 +93,13 @@ def table_width(placement: Placement, *, is_weighted: bool) -> int:
 
 def warm_up() -> None:
     """Have the kernels compiled, so that no plan and no commit waits for that; takes seconds at most once."""
+    from eplb_fsm.placement.kernels.compiled import IS_COMPILED
+
+    if not IS_COMPILED:
+        logger.warning(
+            "replica_split='weighted' without numba: shares of large models take seconds for each plan, in which other "
+            "threads of this process run more slowly; pip install 'eplb-fsm[fast]'"
+        )
     placement = Placement.initial(1, 1, 2, 2)
     turn_tables(placement, [0], weighted_shares([[1.0]], placement), 2)
 

@@ -12,6 +12,7 @@ from eplb_fsm.placement.split import (
     entered_shares,
     table_width,
     turn_tables,
+    warm_up,
     weighted_rank_loads,
     weighted_shares,
 )
@@ -75,6 +76,17 @@ def test_shares_in_a_table_are_close_to_the_wanted_ones() -> None:
     assert np.abs(entered - shares).max() <= 0.75 / 64
     assert np.abs(entered - shares).max() > 0.0
     assert rank_loads(load, placement, entered).max() <= weighted_rank_loads(load, placement).max() * 1.02
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_interpreted_kernels_are_warned_of(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, at the start, and with what to install."""
+    monkeypatch.setattr("eplb_fsm.placement.kernels.compiled.IS_COMPILED", is_compiled)
+    warm_up()
+    assert [record.levelname for record in caplog.records] == ([] if is_compiled else ["WARNING"])
+    assert ("eplb-fsm[fast]" in caplog.text) is not is_compiled
 
 
 def table_of(shares: list[float], width: int) -> list[int]:
