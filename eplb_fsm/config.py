@@ -20,6 +20,9 @@ from eplb_fsm.errors import ConfigError
 ENV_PREFIX = "EPLB_FSM_"
 MIB = 1 << 20
 DEFAULT_TARGET_BALANCEDNESS = 0.95
+DEFAULT_CROSS_NODE_PRICE = 2.0
+"""Between links of one speed, where it costs a quarter more moves, and links that differ ninefold (an NVLink and a
+network card of today), where it saves four of five moves between nodes and a higher price little more."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("async", "sync"),
@@ -35,6 +38,7 @@ _AT_LEAST: dict[str, float] = {
     "num_redundant_experts": 0,
     "num_nodes": 1,
     "num_groups": 1,
+    "cross_node_price": 1,
     "idle_round_interval": 1,
     "commit_bytes": 1,
     "staging_buffers": 1,
@@ -112,6 +116,9 @@ class RebalanceConfig:
     """Nodes of the domain; ranks are numbered node by node."""
     num_groups: int = 1
     """Groups of logical experts that a hierarchical policy keeps on one node."""
+    cross_node_price: float = DEFAULT_CROSS_NODE_PRICE
+    """What an expert that comes from another node counts in the policy ``movement_aware``, in experts that come from
+    the same one; 1: no more."""
     min_gain: float = 0.01
     """Smallest predicted rise of mean balancedness for which an epoch moves anything; else it is SKIPPED."""
     trigger_balancedness: float = 1.0

@@ -10,7 +10,7 @@ from eplb_fsm.observe.table import render
 from eplb_fsm.offline.problem import Problem, read_problem
 from eplb_fsm.placement.balancedness import FORMULAS, balancedness, balancedness_summary
 from eplb_fsm.placement.files import save_bare_map, save_placement
-from eplb_fsm.placement.moves import num_peer_moves
+from eplb_fsm.placement.moves import num_cross_node_moves, num_peer_moves
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.policies import get_policy
 from eplb_fsm.placement.validate import Float64Array
@@ -60,6 +60,7 @@ def _figures(problem: Problem, load: Float64Array, planned: Placement, args: arg
         "worst_layer": int(layers.argmin()),
         "layers_without_load": int((~load.any(axis=1)).sum()),
         "peer_moves": moves,
+        "cross_node_moves": num_cross_node_moves(problem.start, planned, problem.topology.num_nodes),
         "moved_bytes": None if args.expert_bytes is None else moves * args.expert_bytes,
         "output": str(args.output),
     }
@@ -72,6 +73,7 @@ def _text(figures: dict[str, Any], args: argparse.Namespace) -> str:
     names = {"mean": "mean of the layers", "min": "worst layer", "vllm": "vLLM's formula", "sglang": "SGLang's formula"}
     for formula in FORMULAS:
         rows.append([names[formula], *(f"{balance[when][formula]:.4f}" for when in ("before", "after"))])
+    nodes = f", {figures['cross_node_moves']} of them from another node" if args.num_nodes > 1 else ""
     size = "" if figures["moved_bytes"] is None else f", {figures['moved_bytes'] / 1e9:.1f} GB"
     slots = figures["layers"] * figures["physical_experts"]
     idle = figures["layers_without_load"]
@@ -81,7 +83,7 @@ def _text(figures: dict[str, Any], args: argparse.Namespace) -> str:
         "",
         render(rows),
         "",
-        f"experts that come from another rank: {figures['peer_moves']} of {slots} slots{size}",
+        f"experts that come from another rank: {figures['peer_moves']} of {slots} slots{size}{nodes}",
         *([f"layers without any load, left as they were: {idle}"] if idle else []),
         f"written: {figures['output']}",
     ]

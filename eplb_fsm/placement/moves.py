@@ -82,6 +82,19 @@ def peer_moves_of_layers(current: Placement, target: Placement) -> Int64Array:
     return np.asarray(new.reshape(current.num_moe_layers, -1).sum(axis=1), dtype=np.int64)
 
 
+def num_cross_node_moves(current: Placement, target: Placement, num_nodes: int) -> int:
+    """Those of the peer moves for which no rank of the receiver's node holds the expert yet.
+
+    Args:
+        current: The live placement.
+        target: A placement of the same shape.
+        num_nodes: Nodes that the ranks stand on, equally many neighbours on each.
+    """
+    shape = current.num_moe_layers, num_nodes, current.num_ranks // num_nodes, current.num_logical_experts
+    before, after = _held(current).reshape(shape), _held(target).reshape(shape)
+    return int((after & ~before.any(axis=2, keepdims=True)).sum())
+
+
 def _held(placement: Placement) -> BoolArray:
     """Which experts each rank has, (layers and ranks, experts)."""
     slots = placement.physical_to_logical_map.reshape(-1, placement.num_local_physical_experts)

@@ -34,7 +34,7 @@ def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) ->
     shapes = tuple(BankShape(bank.name, (bank.layout.stride,) * bank.num_moe_layers) for bank in banks)
     return PlanTask(
         policy=config.policy,
-        topology=Topology(domain.world_size, config.num_nodes, config.num_groups),
+        topology=Topology(domain.world_size, config.num_nodes, config.num_groups, config.cross_node_price),
         shapes=shapes,
         budget=Budget(config.commit_bytes, config.staging_buffers, config.max_epoch_bytes),
         thresholds=Thresholds(

@@ -23,7 +23,8 @@ class Layer(NamedTuple):
         replicas: (experts) int64 slots of each expert.
         slots_of: (experts, most replicas) int64 those slots; the first `replicas` entries of a row count.
         num_on: (experts, ranks) int16 slots of an expert on a rank.
-        was_on: (experts, ranks) bool, whether the rank held the expert at the start.
+        price: (experts, ranks) float64 what it costs to have the expert there: 0 if the rank held it at the start, 1 if
+            another one of its node did, else the price of a move between nodes.
         may_be_on: (experts, ranks) bool, whether it may hold it.
         load_of: (ranks) float64 load of each rank.
         share_at: (slots) float64 load of each slot.
@@ -36,7 +37,7 @@ class Layer(NamedTuple):
     replicas: Int64Array
     slots_of: Int64Array
     num_on: npt.NDArray[np.int16]
-    was_on: BoolArray
+    price: Float64Array
     may_be_on: BoolArray
     load_of: Float64Array
     share_at: Float64Array
@@ -48,7 +49,15 @@ SHARE, SINKS, SINK_GAIN, SINK_EVENNESS, RISES, RISE_LOSS, RISE_EVENNESS = range(
 
 
 @compiled
-def make_layer(weight: Float64Array, start: Int64Array, row: Int64Array, num_ranks: int, ranks_per_node: int) -> Layer:
+def make_layer(
+    weight: Float64Array,
+    start: Int64Array,
+    row: Int64Array,
+    num_ranks: int,
+    ranks_per_group: int,
+    ranks_per_node: int,
+    cross_node_price: float,
+) -> Layer:
     """Return a layer ready to be repaired.
 
     Args:
@@ -56,7 +65,10 @@ def make_layer(weight: Float64Array, start: Int64Array, row: Int64Array, num_ran
         start: (slots) int64 what the slots hold now.
         row: (slots) int64 what they shall hold before the repair; every expert has a slot.
         num_ranks: Ranks that share the slots.
-        ranks_per_node: An expert stays on the nodes that `row` has it on; all ranks: it may go anywhere.
+        ranks_per_group: An expert stays on the groups of so many ranks that `row` has it on; all ranks: it may go
+            anywhere.
+        ranks_per_node: Ranks among which a peer move costs 1.
+        cross_node_price: What one from elsewhere costs.
     """
     num_experts, num_slots = len(weight), len(row)
     num_local = num_slots // num_ranks
@@ -67,23 +79,27 @@ def make_layer(weight: Float64Array, start: Int64Array, row: Int64Array, num_ran
         np.zeros(num_experts, dtype=np.int64),
         np.zeros((num_experts, num_slots - num_experts + 2), dtype=np.int64),
         np.zeros((num_experts, num_ranks), dtype=np.int16),
-        np.zeros((num_experts, num_ranks), dtype=np.bool_),
+        np.full((num_experts, num_ranks), cross_node_price),
         np.zeros((num_experts, num_ranks), dtype=np.bool_),
         np.zeros(num_ranks),
         np.zeros(num_slots),
         np.zeros((7, num_experts)),
     )
     for slot in range(num_slots):
+        if start[slot] != EMPTY:
+            first = slot // num_local // ranks_per_node * ranks_per_node
+            layer.price[start[slot], first : first + ranks_per_node] = 1.0
+    for slot in range(num_slots):
         rank = slot // num_local
         if start[slot] != EMPTY:
-            layer.was_on[start[slot], rank] = True
+            layer.price[start[slot], rank] = 0.0
         expert = row[slot]
         if expert != EMPTY:
             layer.slots_of[expert, layer.replicas[expert]] = slot
             layer.replicas[expert] += 1
             layer.num_on[expert, rank] += 1
-            first = rank // ranks_per_node * ranks_per_node
-            layer.may_be_on[expert, first : first + ranks_per_node] = True
+            first = rank // ranks_per_group * ranks_per_group
+            layer.may_be_on[expert, first : first + ranks_per_group] = True
     sum_loads(layer)
     return layer
 

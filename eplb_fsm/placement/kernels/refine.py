@@ -34,14 +34,14 @@ def refine_layers(load: Float64Array, rows: Int64Array, num_ranks: int, ranks_pe
         load: (layers, experts) float64, C-contiguous.
         rows: (layers, slots) int64 without empty slots; where the search begins, and holds the result afterwards.
         num_ranks: Ranks that share the slots.
-        ranks_per_node: As in :func:`make_layer`.
+        ranks_per_node: As `ranks_per_group` of :func:`make_layer`.
     """
     for index in range(len(load)):
         mean = 0.0
         for expert in range(load.shape[1]):
             mean += load[index, expert] / num_ranks
         if mean > 0.0:
-            layer = make_layer(load[index], rows[index], rows[index], num_ranks, ranks_per_node)
+            layer = make_layer(load[index], rows[index], rows[index], num_ranks, ranks_per_node, num_ranks, 1.0)
             spread(layer)
             _refine(layer, mean, max(_LEAST_TRIES, _TRIES_PER_SLOT * rows.shape[1]), rows[index])
 

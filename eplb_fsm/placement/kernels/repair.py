@@ -7,9 +7,9 @@ takes away most excess (load above the limit, summed over the ranks) for each pe
 * a swap exchanges the experts of two slots on different ranks.
 
 A peer move is an expert on a rank that did not hold it at the start, so taking an earlier change back costs less than
-nothing. No change puts a second replica of an expert on a rank, or an expert on a node that did not hold it
-where nodes are to be kept apart. Of equally good changes the one that leaves the ranks most even wins, then the first
-one found.
+nothing. One from another node may cost more than one. No change puts a second replica of an expert on a rank, or an
+expert on a node that did not hold it where nodes are to be kept apart. Of equally good changes the one that leaves the
+ranks most even wins, then the first one found.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ _ROUNDING = 1e-9
 """Scores, and loads beside the limit, that differ by less than this share count as equal."""
 _FREE = 1e-3
 """Cost of a change without a peer move, in peer moves."""
+_UNPAYABLE = 1e9
 
 
 class Change(NamedTuple):
@@ -70,7 +71,9 @@ def repair_layers(
     start: Int64Array,
     rows: Int64Array,
     num_ranks: int,
+    ranks_per_group: int,
     ranks_per_node: int,
+    cross_node_price: float,
     target: float,
     max_changes: int,
     is_new: bool,
@@ -83,7 +86,9 @@ def repair_layers(
         start: (layers, slots) int64 what the slots hold now.
         rows: (layers, slots) int64 where the repair begins; holds the result afterwards.
         num_ranks: Ranks that share the slots.
-        ranks_per_node: As in :func:`make_layer`.
+        ranks_per_group: As in :func:`make_layer`.
+        ranks_per_node: As there.
+        cross_node_price: As there.
         target: Balancedness at which a layer is left as it is.
         max_changes: Most changes of one layer.
         is_new: `rows` is a new plan, so second replicas on a rank are spread first.
@@ -99,7 +104,9 @@ def repair_layers(
             mean += load[index, expert] / num_ranks
         if mean <= 0.0:
             continue
-        layer = make_layer(load[index], start[index], rows[index], num_ranks, ranks_per_node)
+        layer = make_layer(
+            load[index], start[index], rows[index], num_ranks, ranks_per_group, ranks_per_node, cross_node_price
+        )
         if is_new:
             spread(layer)
         heaviest = relieve(layer, mean / target, max_changes, is_weighted)
@@ -202,7 +209,7 @@ def _best_change(layer: Layer, limit: float) -> Change:
 def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> Change:
     """Look at all overwrites that change the load of the heaviest rank: of a slot, or by an expert that it has."""
     expert_at, replicas, load_of, prospect = layer.expert_at, layer.replicas, layer.load_of, layer.prospect
-    num_on, was_on, may_be_on = layer.num_on, layer.was_on, layer.may_be_on
+    num_on, price, may_be_on = layer.num_on, layer.price, layer.may_be_on
     slots_of, rank_of = layer.slots_of, layer.rank_of
     num_local = len(expert_at) // len(load_of)
     everything = np.arange(len(replicas))
@@ -221,7 +228,7 @@ def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> 
             leaves = prospect[SHARE, old] - up + rises
             loss = max(prospect[RISE_LOSS, old] - max(load + up - limit, 0.0) + excess, 0.0)
             evenness_lost = prospect[RISE_EVENNESS, old] - up * (2.0 * load + up)
-            old_cost = 0.0 if was_on[old, rank] else 1.0
+            old_cost = price[old, rank]
         candidates = everything if rank == heaviest else own
         ahead = prospect if rank == heaviest else own_prospect
         for candidate in range(len(candidates)):
@@ -230,7 +237,7 @@ def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> 
             most = ahead[SINK_GAIN, candidate] + excess - max(after - limit, 0.0)
             if most <= limit * _ROUNDING or num_on[expert, rank] or not may_be_on[expert, rank]:
                 continue
-            cost = max((0.0 if was_on[expert, rank] else 1.0) - old_cost, _FREE)
+            cost = max(price[expert, rank] - old_cost, _FREE)
             if most < best.score * cost * (1.0 - _ROUNDING):
                 continue
             gain = most - loss
@@ -252,7 +259,7 @@ def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> 
 def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Change:
     """Look at all swaps of a slot of the heaviest rank that could be better than the best change so far."""
     expert_at, load_of, share_at = layer.expert_at, layer.load_of, layer.share_at
-    num_on, was_on, may_be_on = layer.num_on, layer.was_on, layer.may_be_on
+    num_on, price, may_be_on = layer.num_on, layer.price, layer.may_be_on
     num_local = len(expert_at) // len(load_of)
     excess = load_of[heaviest] - limit
     least_cost = _least_costs(layer, heaviest)
@@ -260,10 +267,9 @@ def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Chang
         expert = expert_at[own]
         if expert < 0:
             continue
-        own_cost = 0.0 if was_on[expert, heaviest] else 1.0
         for rank in range(len(load_of)):
             room = limit - load_of[rank]
-            new_cost = (0.0 if was_on[expert, rank] else 1.0) - own_cost
+            new_cost = price[expert, rank] - price[expert, heaviest]
             most = min(excess, room, share_at[own])
             if most < best.score * max(new_cost + least_cost[rank], _FREE) * (1.0 - _ROUNDING):
                 continue
@@ -276,7 +282,7 @@ def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Chang
                     continue
                 if num_on[other, heaviest] or not may_be_on[other, heaviest]:
                     continue
-                cost = new_cost + (0.0 if was_on[other, heaviest] else 1.0) - (0.0 if was_on[other, rank] else 1.0)
+                cost = new_cost + price[other, heaviest] - price[other, rank]
                 score = gain / max(cost, _FREE)
                 evenness = 2.0 * sinks * (load_of[heaviest] - load_of[rank] - sinks)
                 if _is_better(score, evenness, best.score, best.evenness):
@@ -286,14 +292,12 @@ def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Chang
 
 @compiled
 def _least_costs(layer: Layer, heaviest: int) -> Float64Array:
-    """For each rank what taking one of its experts costs at least: 1, less if one came from elsewhere or goes home."""
-    least = np.ones(len(layer.load_of))
+    """For each rank what taking one of its experts costs at least, less what it cost to have it there."""
+    least = np.full(len(layer.load_of), _UNPAYABLE)
     for slot in range(len(layer.expert_at)):
         expert, rank = layer.expert_at[slot], layer.rank_of[slot]
-        if expert >= 0:
-            goes_home = layer.was_on[expert, heaviest] and not layer.num_on[expert, heaviest]
-            cost = (0.0 if goes_home else 1.0) - (0.0 if layer.was_on[expert, rank] else 1.0)
-            least[rank] = min(least[rank], cost)
+        if expert >= 0 and not layer.num_on[expert, heaviest]:
+            least[rank] = min(least[rank], layer.price[expert, heaviest] - layer.price[expert, rank])
     return least
 
 

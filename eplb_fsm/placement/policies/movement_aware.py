@@ -57,27 +57,42 @@ class MovementAwarePolicy:
         """
         load = np.ascontiguousarray(load, dtype=np.float64)
         start = current.physical_to_logical_map.copy()  # a read-only array is another type, to be compiled for again
-        if not is_hierarchical(current.num_logical_experts, topology):
-            topology = Topology(topology.num_ranks)
+        groups = topology if is_hierarchical(current.num_logical_experts, topology) else Topology(topology.num_ranks)
         rows = start.copy()
-        is_good, balance = self._repair(load, start, rows, topology, is_new=False)
+        is_good, balance = self._repair(load, start, rows, groups, topology, is_new=False)
         missed = np.flatnonzero(~is_good)
         if len(missed):
-            others = self._replan(load[missed], start[missed], current, topology)
-            _, other_balance = self._repair(load[missed], start[missed], others, topology, is_new=True)
+            others = self._replan(load[missed], start[missed], current, groups)
+            _, other_balance = self._repair(load[missed], start[missed], others, groups, topology, is_new=True)
             better = other_balance > balance[missed]
             rows[missed[better]] = others[better]
         return Placement(rows, current.num_logical_experts, current.num_ranks)
 
     def _repair(
-        self, load: Float64Array, start: Int64Array, rows: Int64Array, topology: Topology, *, is_new: bool
+        self,
+        load: Float64Array,
+        start: Int64Array,
+        rows: Int64Array,
+        groups: Topology,
+        topology: Topology,
+        *,
+        is_new: bool,
     ) -> tuple[BoolArray, Float64Array]:
+        """Repair rows in place; experts stay on the nodes of `groups`, moves are priced by those of `topology`."""
         from eplb_fsm.placement.kernels.repair import repair_layers  # here: only who plans needs a compiler
 
-        ranks_per_node = topology.num_ranks // topology.num_nodes
-        most = _CHANGES_PER_SLOT * rows.shape[1]
         return repair_layers(
-            load, start, rows, topology.num_ranks, ranks_per_node, self._target, most, is_new, self._is_weighted
+            load,
+            start,
+            rows,
+            topology.num_ranks,
+            groups.ranks_per_node,
+            topology.ranks_per_node,
+            topology.cross_node_price,
+            self._target,
+            _CHANGES_PER_SLOT * rows.shape[1],
+            is_new,
+            self._is_weighted,
         )
 
     @staticmethod

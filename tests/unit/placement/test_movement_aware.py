@@ -16,7 +16,7 @@ from eplb_fsm.offline.comparison import num_duplicates
 from eplb_fsm.placement import Placement, Topology, get_policy
 from eplb_fsm.placement.balancedness import balancedness
 from eplb_fsm.placement.kernels.compiled import compiled
-from eplb_fsm.placement.moves import num_peer_moves
+from eplb_fsm.placement.moves import num_cross_node_moves, num_peer_moves
 from eplb_fsm.placement.policies import MovementAwarePolicy
 
 NUM_LAYERS, NUM_LOGICAL, NUM_PHYSICAL, NUM_RANKS = 6, 64, 80, 8
@@ -115,6 +115,23 @@ def test_fills_empty_slots() -> None:
     current = Placement([[0, 1, -1, 2, 3, -1]], 4, 2)
     planned = MovementAwarePolicy(0.85).plan(load, current, Topology(2))
     assert planned.physical_to_logical_map.tolist() == [[0, 1, -1, 2, 3, 0]]
+
+
+def test_prefers_experts_of_the_same_node() -> None:
+    """The dearer a move between nodes, the fewer of them; the target is reached all the same."""
+    cross, peer = [], []
+    for price in (1.0, 2.0, 8.0):
+        topology = Topology(NUM_RANKS, 2, cross_node_price=price)
+        seen = []
+        for seed in range(5):
+            current, load = drifted(seed)
+            planned = get_policy("movement_aware").plan(load, current, topology)
+            assert balancedness(load, planned).min() >= 0.95 - 1e-9
+            seen.append((num_cross_node_moves(current, planned, 2), num_peer_moves(current, planned)))
+        cross.append(sum(between for between, _ in seen))
+        peer.append(sum(moves for _, moves in seen))
+    assert cross[0] > 3 * cross[1] >= 3 * cross[2]
+    assert peer[0] <= peer[1] <= peer[2] < 1.5 * peer[0]
 
 
 def test_keeps_groups_on_their_nodes() -> None:
