@@ -21,8 +21,9 @@ ENV_PREFIX = "EPLB_FSM_"
 MIB = 1 << 20
 DEFAULT_TARGET_BALANCEDNESS = 0.95
 DEFAULT_CROSS_NODE_PRICE = 2.0
-"""Between links of one speed, where it costs a quarter more moves, and links that differ ninefold (an NVLink and a
-network card of today), where it saves four of five moves between nodes and a higher price little more."""
+"""Between links of one speed, where it costs up to a third more moves, and links that differ ninefold (an NVLink and a
+network card of today), where most moves between nodes are saved and a higher price saves little more:
+``python -m tests.benchmarks.nodes``."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("async", "sync"),

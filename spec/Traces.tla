@@ -178,9 +178,11 @@ Working(e, c) ==
             Becomes(Takes(c) /\ Active(c) /\ c.abort = 0 /\ e.reason \in DOMAIN Abort, work_failed(c, c.epoch, e.reason))
       [] e.action = "TransportLost" -> Becomes(Takes(c) /\ c.state # "STOPPED", transport_lost(c))
 
-(* A rank that may not serve on says so itself, for a decision that nobody knows or a row that is not what it was. *)
+(* A rank that may not serve on says so itself: for a decision that nobody knows, a row that is not what it was, or
+   tables that it could not write. *)
 FailingStop(r, e, c) ==
-    [Becomes(e.cause \in {"SLOT_DAMAGED", "TABLES_DAMAGED"} \/ window[r] = "resolving", c) EXCEPT !.up = "failed", !.window = window[r]]
+    [Becomes(e.cause \in {"SLOT_DAMAGED", "TABLES_DAMAGED"} \/ window[r] = "resolving", c)
+        EXCEPT !.up = "failed", !.window = window[r]]
 
 After(r, e) ==
     LET c == At(r, e)

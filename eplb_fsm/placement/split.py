@@ -85,7 +85,7 @@ def entered_shares(tables: Int64Array, num_physical_experts: int) -> Float64Arra
 def table_width(placement: Placement, *, is_weighted: bool) -> int:
     """Entries of an expert in a bank's table: room for all replicas that any placement can give one expert.
 
-    Where shares are weighted at least 64, so that they are off by less than 1 % of an expert's tokens.
+    Where shares are weighted at least 64, so that each is off by less than one part in 64 of an expert's tokens.
     """
     most = placement.num_physical_experts - placement.num_logical_experts + 1
     return max(most, _WEIGHTED_WIDTH) if is_weighted else most

@@ -180,7 +180,8 @@ def assemble(
     planner: Planner | None,
 ) -> Parts:
     """Put the parts of one rank together; the real engine and the simulation both come through here."""
-    load_source, own_maps = _fill_engine_side(engine, config)
+    is_weighted = config.replica_split == "weighted"
+    load_source, own_maps = _fill_engine_side(engine, is_weighted=is_weighted)
     map_writer = engine.map_writer or own_maps
     assert map_writer is not None
     # A rebalance that blocks the loop anyway is not slowed down on top of that.
@@ -192,7 +193,7 @@ def assemble(
         task=task,
         transport=links.transport,
         staging=staging,
-        tables=Tables(map_writer, is_weighted=config.replica_split == "weighted"),
+        tables=Tables(map_writer, is_weighted=is_weighted),
         planner=planner,
         pace=pace,
         mailbox=mailbox,
@@ -228,14 +229,13 @@ def assemble(
     )
 
 
-def _fill_engine_side(engine: EngineSide, config: RebalanceConfig) -> tuple[LoadSource, TensorMapWriter | None]:
+def _fill_engine_side(engine: EngineSide, *, is_weighted: bool) -> tuple[LoadSource, TensorMapWriter | None]:
     """Make what the engine did not bring; tables only then, since they take memory on its device."""
     device = next(iter(engine.banks[0].tensors[0].values())).device
     shapes = [(bank.num_moe_layers, bank.num_logical_experts) for bank in engine.banks]
     load_source = engine.load_source or LoadRecorder(shapes, device=device)
     if engine.map_writer:
         return load_source, None
-    is_weighted = config.replica_split == "weighted"
     return load_source, TensorMapWriter(engine.placements, device, is_weighted=is_weighted)
 
 

@@ -54,7 +54,7 @@ class Tables:
         )
 
     def balancedness(self, window: Sequence[Load], placements: Sequence[Placement]) -> float:
-        """Mean balancedness over all layers under a window, with the shares that are written now; worker thread."""
+        """Mean balancedness over all layers under a window, with the shares of the last plan's load; worker thread."""
         layers = [
             mean_over_max(rank_loads(load, placement, self._shares(bank, range(len(load)), placement)))
             for bank, (load, placement) in enumerate(zip(window, placements, strict=True))

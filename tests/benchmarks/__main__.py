@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("idle_step", "pause", "itl", "identity", "placement", "split", "estimate")
+BENCHMARKS = ("idle_step", "pause", "itl", "identity", "placement", "split", "nodes", "estimate")
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ _ROUNDING = 1e-9
 _FREE = 1e-3
 """Cost of a change without a peer move, in peer moves."""
 _UNPAYABLE = 1e9
+"""Cost of a swap with a rank that has nothing to give, in peer moves."""
 
 
 class Change(NamedTuple):
