@@ -119,7 +119,7 @@ class RebalanceConfig:
     """Groups of logical experts that a hierarchical policy keeps on one node."""
     cross_node_price: float = DEFAULT_CROSS_NODE_PRICE
     """What an expert that comes from another node counts in the policy ``movement_aware``, in experts that come from
-    the same one; 1: no more."""
+    the same one, and in whether a layer pays; 1: no more."""
     min_gain: float = 0.01
     """Smallest predicted rise of mean balancedness for which an epoch moves anything; else it is SKIPPED."""
     trigger_balancedness: float = 1.0

@@ -43,6 +43,18 @@ class RebalanceFSM:
         parts: The engine's side and the runtime's parts.
     """
 
+    # Every step reads some of these with cold caches, and without a dictionary there is less to read.
+    __slots__ = (
+        "_core",
+        "_driver",
+        "_is_armed",
+        "_is_in_step",
+        "_next_due",
+        "_parts",
+        "_pass_before",
+        "_step_idx",
+    )
+
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._driver = Driver(parts)
@@ -253,6 +265,20 @@ class RebalanceFSM:
         From an agreed step on all ranks are STOPPED, with the maps they have.
         """
         self._driver.ask("AskStop", self._core.request_stop)
+
+    def set_speed(self, speed: float) -> None:
+        """Say how fast this rank is, from the next plan on; decode thread, any rank, never blocks.
+
+        Call it for a rank that has become slow, is of another kind than the others, or shall give its experts away.
+
+        Args:
+            speed: Tokens that it works off in the time in which others work off one, 0.01 to 100, counted in
+                millionths; 1 until it is called; 0: it shall hold no expert.
+
+        Raises:
+            ConfigError: Another speed, or the policy treats all ranks alike.
+        """
+        self._parts.runner.set_speed(speed)
 
     # -- what there is to see -------------------------------------------------------------------------------
 

@@ -6,9 +6,11 @@ elements by a mask, so every method may be captured in a CUDA graph or enqueued 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from eplb_fsm.errors import ConfigError, LoadError
@@ -83,6 +85,7 @@ class LoadRecorder:
         # one copy, and the window's sum one subtraction.
         self._starts = torch.zeros((num_buckets + 1, size), dtype=torch.int64, device=device)
         self._buckets = tuple(self._starts)
+        self._closers = tuple(_copier(bucket, self._total) for bucket in self._buckets)
         self._open_bucket = 0
         self._sum = torch.zeros(size, dtype=torch.int64, device=device)
         self._one = torch.ones(1, dtype=torch.int64, device=device)
@@ -134,7 +137,7 @@ class LoadRecorder:
     def rotate(self) -> None:
         """Close the open bucket; the oldest closed one leaves the window."""
         self._open_bucket = self._next_bucket
-        self._buckets[self._open_bucket].copy_(self._total)
+        self._closers[self._open_bucket]()
 
     @property
     def _next_bucket(self) -> int:
@@ -159,6 +162,13 @@ class LoadRecorder:
             known = [f"bank {i} has layers 0..{len(view) - 1}" for i, view in enumerate(self.snapshots)]
             return LoadError(f"there is no layer {layer} in bank {bank}; {', '.join(known)}")
         return LoadError(f"topk_ids are {topk_ids.dtype}; give int64 or int32 ids of logical experts")
+
+
+def _copier(to: torch.Tensor, source: torch.Tensor) -> Callable[[], object]:
+    """What copies; in host memory without torch, whose call costs more than the copy in every other idle round."""
+    if to.device.type == "cpu":
+        return partial(np.copyto, to.numpy(), source.numpy())
+    return partial(to.copy_, source)
 
 
 def _bank(flat: torch.Tensor, shapes: Sequence[tuple[int, int]], bank: int) -> torch.Tensor:

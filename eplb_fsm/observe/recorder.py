@@ -23,6 +23,10 @@ class EventRecorder:
         self._observers = Observers(tuple(observers))
         self._num_events = 0
 
+    def __bool__(self) -> bool:
+        """False when nobody listens: then :meth:`record` does nothing."""
+        return bool(self._observers)
+
     def record(self, action: str, **detail: Any) -> None:
         """Hand on one event.
 

@@ -47,6 +47,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--ep-num-redundant-experts", type=int, default=0, metavar="N", help="slots beyond one for each expert")
     add("--num-nodes", type=int, default=1, metavar="N", help="nodes of the ranks (default %(default)s)")
     add("--num-groups", type=int, default=1, metavar="N", help="expert groups of the router (default %(default)s)")
+    add(
+        "--rank-speeds",
+        metavar="S,S",
+        help="tokens that each rank works off in the time in which others work off one; 0: it is to hold no expert "
+        "(default: all ranks are alike)",
+    )
     add("--init-expert-location", type=Path, metavar="FILE", help="the placement to start from")
     add("--target-balancedness", type=float, metavar="X", help="when movement_aware leaves a layer as it is")
     add("--expert-bytes", type=int, metavar="N", help="bytes of one expert of one layer: moves are shown in bytes, too")

@@ -53,7 +53,8 @@ def run_compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     weighted = planners if args.replica_split == "weighted" else ()
     on_plan = (lambda *_: None) if args.quiet else show
-    results = run_windows(args.loads.name, windows, None, planners, start, on_plan, weighted)
+    speeds = problem.topology.counted_speeds
+    results = run_windows(args.loads.name, windows, None, planners, start, on_plan, weighted, speeds)
     if not args.quiet:
         sys.stderr.write("\r" + " " * 60 + "\r")
     rows = summarize(results)

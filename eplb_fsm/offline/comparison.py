@@ -45,6 +45,7 @@ def run_windows(
     start: Placement,
     on_plan: Callable[[str, int], None] = lambda name, window: None,
     weighted: Collection[str] = (),
+    speeds: Float64Array | None = None,
 ) -> list[Result]:
     """Have all planners plan for one window after the other, each going on from its own placement.
 
@@ -57,6 +58,7 @@ def run_windows(
         on_plan: Told of each planner and window before it plans.
         weighted: Planners after whose plan each slot gets the share of its expert's tokens that balances the window
             planned for, as closely as a table says it; the next window is split by the same shares.
+        speeds: By which balance is told, as for :func:`.balancedness.mean_over_max`.
     """
     results = {name: Result(case, name) for name in planners}
     current = dict.fromkeys(planners, start)
@@ -68,29 +70,30 @@ def run_windows(
             began = monotonic()
             planned = plan(load, current[name])
             result.ms.append((monotonic() - began) * 1e3)
-            shares = _shares(load, planned) if name in weighted else None
-            layers = mean_over_max(rank_loads(load, planned, shares))
+            shares = _shares(load, planned, speeds) if name in weighted else None
+            layers = mean_over_max(rank_loads(load, planned, shares), speeds)
             result.now.append(float(layers.mean()))
             result.worst.append(float(layers.min()))
             if index < len(following):
-                result.ahead.append(float(mean_over_max(rank_loads(following[index], planned, shares)).mean()))
+                result.ahead.append(float(mean_over_max(rank_loads(following[index], planned, shares), speeds).mean()))
             result.moves.append(num_peer_moves(current[name], planned))
             result.duplicates = num_duplicates(planned)
             current[name] = planned
     return list(results.values())
 
 
-def _shares(load: Float64Array, placement: Placement) -> Float64Array:
+def _shares(load: Float64Array, placement: Placement, speeds: Float64Array | None) -> Float64Array:
     """The weighted shares as an engine gets them, rounded to the entries of its tables."""
     width = table_width(placement, is_weighted=True)
-    tables = turn_tables(placement, range(placement.num_moe_layers), weighted_shares(load, placement), width)
+    shares = weighted_shares(load, placement, speeds=speeds)
+    tables = turn_tables(placement, range(placement.num_moe_layers), shares, width)
     return entered_shares(tables, placement.num_physical_experts)
 
 
 def num_duplicates(placement: Placement) -> int:
     """Slots whose expert has another slot on the same rank."""
     ranks = placement.physical_to_logical_map.reshape(-1, placement.num_local_physical_experts)
-    return sum(len(rank) - len(set(rank)) for rank in ranks.tolist())
+    return sum(len(held) - len(set(held)) for held in ([slot for slot in rank if slot >= 0] for rank in ranks.tolist()))
 
 
 def summarize(results: Sequence[Result]) -> dict[str, dict[str, Any]]:

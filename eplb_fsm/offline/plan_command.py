@@ -12,7 +12,7 @@ from eplb_fsm.placement.balancedness import FORMULAS, balancedness, balancedness
 from eplb_fsm.placement.files import save_bare_map, save_placement
 from eplb_fsm.placement.moves import num_cross_node_moves, num_peer_moves
 from eplb_fsm.placement.placement import Placement
-from eplb_fsm.placement.policies import get_policy
+from eplb_fsm.placement.policies import get_policy, minds_speeds
 from eplb_fsm.placement.validate import Float64Array
 
 _SUFFIXES = (".json", ".npz")
@@ -34,6 +34,8 @@ def run_plan(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"--output {args.output}: must end in {' or '.join(_SUFFIXES)}")
     problem = read_problem(args)
     policy = get_policy(args.eplb_algorithm, problem.target_balancedness)
+    if problem.topology.has_speeds and not minds_speeds(policy):
+        raise ConfigError(f"--rank-speeds: policy {args.eplb_algorithm!r} treats all ranks alike; choose another one")
     load = problem.windows.sum(axis=0)
     planned = policy.plan(load, problem.start, problem.topology)
     save = save_bare_map if args.output.suffix == ".json" else save_placement
@@ -43,11 +45,12 @@ def run_plan(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _figures(problem: Problem, load: Float64Array, planned: Placement, args: argparse.Namespace) -> dict[str, Any]:
+    speeds = problem.topology.counted_speeds
     balance = {
-        name: {formula: balancedness_summary(load, placement, formula) for formula in FORMULAS}
+        name: {formula: balancedness_summary(load, placement, formula, speeds) for formula in FORMULAS}
         for name, placement in (("before", problem.start), ("after", planned))
     }
-    layers = balancedness(load, planned)
+    layers = balancedness(load, planned, speeds)
     moves = num_peer_moves(problem.start, planned)
     return {
         "policy": args.eplb_algorithm,

@@ -43,7 +43,7 @@ def read_problem(args: argparse.Namespace) -> Problem:
         value = getattr(args, name)
         if value is not None and value < (0 if name == "ep_num_redundant_experts" else 1):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give a larger number")
-    topology = Topology(args.ranks, args.num_nodes, args.num_groups)
+    topology = Topology(args.ranks, args.num_nodes, args.num_groups, speeds=_speeds(args.rank_speeds))
     windows = read_recording(args.loads)
     _, layers, experts = windows.shape
     start = Placement.initial(layers, experts, experts + args.ep_num_redundant_experts, args.ranks)
@@ -54,3 +54,10 @@ def read_problem(args: argparse.Namespace) -> Problem:
     return Problem(
         windows, topology, start, given is not None, DEFAULT_TARGET_BALANCEDNESS if target is None else target
     )
+
+
+def _speeds(text: str | None) -> tuple[float, ...]:
+    try:
+        return () if text is None else tuple(float(speed) for speed in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--rank-speeds {text}: give one number for each rank, with commas between") from None

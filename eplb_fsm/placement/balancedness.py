@@ -43,8 +43,13 @@ RankLoads = Callable[[ArrayLike, Placement], Float64Array]
 """A way to divide tokens among replicas: :func:`rank_loads`, or :func:`~.split.weighted_rank_loads`."""
 
 
-def balancedness(load: ArrayLike, placement: Placement) -> Float64Array:
+def balancedness(load: ArrayLike, placement: Placement, speeds: Float64Array | None = None) -> Float64Array:
     """Mean rank load / largest rank load of each layer; 1.0 is perfect, and an idle layer's value.
+
+    Args:
+        load: (num_moe_layers, num_logical_experts) tokens per expert, 0 or more.
+        placement: Where the experts are.
+        speeds: As for :func:`mean_over_max`.
 
     Returns:
         (num_moe_layers,) float64 in (0, 1].
@@ -52,36 +57,54 @@ def balancedness(load: ArrayLike, placement: Placement) -> Float64Array:
     Raises:
         LoadError: see :func:`rank_loads`.
     """
-    return mean_over_max(rank_loads(load, placement))
+    return mean_over_max(rank_loads(load, placement), speeds)
 
 
-def mean_over_max(loads: Float64Array) -> Float64Array:
-    """Balancedness of each layer from (num_moe_layers, num_ranks) rank loads."""
-    largest = loads.max(axis=1)
+def mean_over_max(loads: Float64Array, speeds: Float64Array | None = None) -> Float64Array:
+    """Balancedness of each layer: the time that it would take, perfectly divided, over that of its slowest rank.
+
+    Args:
+        loads: (num_moe_layers, num_ranks) rank loads.
+        speeds: (num_ranks,) float64 above 0, as in `Topology.counted_speeds`; None: all ranks are equally fast.
+    """
+    largest = slowest_times(loads, speeds)
     idle = largest <= 0.0
-    return np.where(idle, 1.0, loads.mean(axis=1) / np.where(idle, 1.0, largest))
+    perfect = loads.mean(axis=1) if speeds is None else loads.sum(axis=1) / speeds.sum()
+    return np.where(idle, 1.0, perfect / np.where(idle, 1.0, largest))
 
 
-def _vllm(loads: Float64Array) -> float:
+def slowest_times(loads: Float64Array, speeds: Float64Array | None = None) -> Float64Array:
+    """What each layer takes: the largest of its ranks' loads over their speeds; arguments as :func:`mean_over_max`."""
+    return np.asarray((loads if speeds is None else loads / speeds).max(axis=1))
+
+
+def _mean(loads: Float64Array, speeds: Float64Array | None = None) -> float:
+    return float(mean_over_max(loads, speeds).mean())
+
+
+def _min(loads: Float64Array, speeds: Float64Array | None = None) -> float:
+    return float(mean_over_max(loads, speeds).min())
+
+
+def _vllm(loads: Float64Array, speeds: Float64Array | None = None) -> float:
+    del speeds  # the engine takes all ranks as alike
     largest = float(loads.max(axis=1).sum())
     return float(loads.mean(axis=1).sum()) / largest if largest > 0.0 else 0.0
 
 
-def _sglang(loads: Float64Array) -> float:
+def _sglang(loads: Float64Array, speeds: Float64Array | None = None) -> float:
+    del speeds  # likewise
     return float(((loads.mean(axis=1) + 1e-5) / (loads.max(axis=1) + 1e-5)).mean())
 
 
-FORMULAS: Mapping[str, Callable[[Float64Array], float]] = MappingProxyType(
-    {
-        "mean": lambda loads: float(mean_over_max(loads).mean()),
-        "min": lambda loads: float(mean_over_max(loads).min()),
-        "vllm": _vllm,
-        "sglang": _sglang,
-    }
+FORMULAS: Mapping[str, Callable[..., float]] = MappingProxyType(
+    {"mean": _mean, "min": _min, "vllm": _vllm, "sglang": _sglang}
 )
 
 
-def balancedness_summary(load: ArrayLike, placement: Placement, formula: str = "mean") -> float:
+def balancedness_summary(
+    load: ArrayLike, placement: Placement, formula: str = "mean", speeds: Float64Array | None = None
+) -> float:
     """One number for all layers.
 
     Args:
@@ -90,6 +113,7 @@ def balancedness_summary(load: ArrayLike, placement: Placement, formula: str = "
         formula: "mean" or "min" of the layers' balancedness; "vllm": sum over layers of the mean rank
             load / sum over layers of the largest, 0.0 when idle; "sglang": mean over layers of
             (mean + 1e-5) / (max + 1e-5).
+        speeds: As for :func:`mean_over_max`; not known to the engines' formulas.
 
     Raises:
         ConfigError: an unknown formula.
@@ -97,4 +121,4 @@ def balancedness_summary(load: ArrayLike, placement: Placement, formula: str = "
     """
     if formula not in FORMULAS:
         raise ConfigError(f"unknown balancedness formula {formula!r}; choose one of {', '.join(FORMULAS)}")
-    return FORMULAS[formula](rank_loads(load, placement))
+    return FORMULAS[formula](rank_loads(load, placement), speeds)

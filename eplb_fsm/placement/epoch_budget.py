@@ -16,8 +16,9 @@ def within_budget(
 ) -> list[Placement]:
     """Leave layers as they are until each that moves pays, and what comes from other ranks fits the budget.
 
-    The layers that save most for each byte go first. One that does not fit is passed over, so the budget is filled;
-    where there is too much, one that saves nothing waits. The next epoch starts from here, so it finds what was left.
+    The layers that save most for each byte (by what it counts) go first. One that does not fit is passed over, so the
+    budget is filled; where there is too much, one that saves nothing waits. The next epoch starts from here, so it
+    finds what was left.
 
     Args:
         worth: Of all layers.
@@ -41,7 +42,7 @@ def within_budget(
 
 def _fitting(worth: Worth, is_wanted: BoolArray, max_bytes: int) -> BoolArray:
     is_chosen, left = np.zeros_like(is_wanted), float(max_bytes)
-    for layer in np.argsort(-worth.saved_share / np.maximum(worth.num_bytes, 1.0), kind="stable").tolist():
+    for layer in np.argsort(-worth.saved_share / np.maximum(worth.price, 1.0), kind="stable").tolist():
         if is_wanted[layer] and worth.num_bytes[layer] <= left:
             is_chosen[layer] = True
             left -= worth.num_bytes[layer]

@@ -90,9 +90,15 @@ def num_cross_node_moves(current: Placement, target: Placement, num_nodes: int) 
         target: A placement of the same shape.
         num_nodes: Nodes that the ranks stand on, equally many neighbours on each.
     """
+    return int(cross_node_moves_of_layers(current, target, num_nodes).sum())
+
+
+def cross_node_moves_of_layers(current: Placement, target: Placement, num_nodes: int) -> Int64Array:
+    """Those of each layer, (layers) int64; arguments as of :func:`num_cross_node_moves`."""
     shape = current.num_moe_layers, num_nodes, current.num_ranks // num_nodes, current.num_logical_experts
     before, after = _held(current).reshape(shape), _held(target).reshape(shape)
-    return int((after & ~before.any(axis=2, keepdims=True)).sum())
+    moved = after & ~before.any(axis=2, keepdims=True)
+    return np.asarray(moved.reshape(len(moved), -1).sum(axis=1), dtype=np.int64)
 
 
 def _held(placement: Placement) -> BoolArray:

@@ -40,7 +40,7 @@ def make_plan(
         policy: Chooses the target placement of each bank.
         loads: Load of each bank, (num_moe_layers, num_logical_experts), summed over the ranks, 0 or more.
         current: Live placement of each bank.
-        topology: Ranks, nodes and expert groups.
+        topology: Ranks with their speeds, nodes and expert groups.
         shapes: Sizes of each bank's experts.
         budget: Bounds of a chunk and of the epoch.
         thresholds: When to move anything.
@@ -60,13 +60,14 @@ def make_plan(
     """
     check_banks(current, shapes)
     arrays = _checked_loads(loads, current, topology)
-    balance_now = _mean_balancedness(arrays, current, loads_of)
+    speeds = topology.counted_speeds
+    balance_now = _mean_balancedness(arrays, current, loads_of, speeds)
     if reason := missing_commit_bytes(shapes, budget) or _balanced(balance_now, thresholds):
         return _planned([], reason, (balance_now, balance_now), current, shapes, budget)
     wanted = [_target(policy, *pair, topology) for pair in zip(arrays, current, strict=True)]
-    worth = worth_of_layers(arrays, current, wanted, shapes, thresholds, costs, loads_of)
+    worth = worth_of_layers(arrays, current, wanted, shapes, thresholds, costs, topology, loads_of)
     targets = within_budget(worth, current, wanted, budget.epoch_bytes, must_pay=costs is not None)
-    balance = balance_now, _mean_balancedness(arrays, targets, loads_of)
+    balance = balance_now, _mean_balancedness(arrays, targets, loads_of, speeds)
     reason = _too_little(balance, worth, thresholds, costs, budget)
     chunks = [
         (bank, moves)
@@ -144,6 +145,10 @@ def _target(policy: RebalancePolicy, load: Float64Array, current: Placement, top
     return target
 
 
-def _mean_balancedness(loads: Sequence[Float64Array], placements: Sequence[Placement], loads_of: RankLoads) -> float:
-    layers = [mean_over_max(loads_of(load, placement)) for load, placement in zip(loads, placements, strict=True)]
+def _mean_balancedness(
+    loads: Sequence[Float64Array], placements: Sequence[Placement], loads_of: RankLoads, speeds: Float64Array
+) -> float:
+    layers = [
+        mean_over_max(loads_of(load, placement), speeds) for load, placement in zip(loads, placements, strict=True)
+    ]
     return float(np.concatenate(layers).mean())

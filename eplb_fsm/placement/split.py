@@ -22,8 +22,13 @@ logger = logging.getLogger(__name__)
 _WEIGHTED_WIDTH = 64
 
 
-def weighted_shares(load: ArrayLike, placement: Placement, layers: Sequence[int] | None = None) -> Float64Array:
-    """Shares with which the heaviest rank of each layer is as light as the placement allows, within 1 %.
+def weighted_shares(
+    load: ArrayLike,
+    placement: Placement,
+    layers: Sequence[int] | None = None,
+    speeds: Float64Array | None = None,
+) -> Float64Array:
+    """Shares with which the slowest rank of each layer is as quick as the placement allows, within 1 %.
 
     Pure computation, any thread; tens of microseconds a layer where numba is installed.
 
@@ -31,6 +36,7 @@ def weighted_shares(load: ArrayLike, placement: Placement, layers: Sequence[int]
         load: (num_moe_layers, num_logical_experts) tokens per expert, 0 or more.
         placement: Where the experts are.
         layers: Only these; None: all.
+        speeds: As for :func:`.balancedness.mean_over_max`.
 
     Returns:
         (layers, num_physical_experts) float64, 0 to 1: the share of its expert's tokens that each slot gets; 0
@@ -39,12 +45,12 @@ def weighted_shares(load: ArrayLike, placement: Placement, layers: Sequence[int]
     Raises:
         LoadError: wrong shape, or an entry that is not a finite number of 0 or more.
     """
-    return _split(load, placement, layers)[0]
+    return _split(load, placement, layers, speeds)[0]
 
 
-def weighted_rank_loads(load: ArrayLike, placement: Placement) -> Float64Array:
+def weighted_rank_loads(load: ArrayLike, placement: Placement, speeds: Float64Array | None = None) -> Float64Array:
     """Load of each rank with :func:`weighted_shares`; arguments and result as :func:`.balancedness.rank_loads`."""
-    return _split(load, placement, None)[1]
+    return _split(load, placement, None, speeds)[1]
 
 
 def turn_tables(placement: Placement, layers: Sequence[int], shares: Float64Array, width: int) -> Int64Array:
@@ -104,9 +110,12 @@ def warm_up() -> None:
     turn_tables(placement, [0], weighted_shares([[1.0]], placement), 2)
 
 
-def _split(load: ArrayLike, placement: Placement, layers: Sequence[int] | None) -> tuple[Float64Array, Float64Array]:
+def _split(
+    load: ArrayLike, placement: Placement, layers: Sequence[int] | None, speeds: Float64Array | None
+) -> tuple[Float64Array, Float64Array]:
     from eplb_fsm.placement.kernels.split import split_layers
 
     array = checked_load(load, (placement.num_moe_layers, placement.num_logical_experts))
     chosen = np.arange(placement.num_moe_layers) if layers is None else np.array(layers, dtype=np.int64)
-    return split_layers(array[chosen], placement.physical_to_logical_map[chosen], placement.num_ranks)
+    widths = np.ones(placement.num_ranks) if speeds is None else speeds
+    return split_layers(array[chosen], placement.physical_to_logical_map[chosen], widths)

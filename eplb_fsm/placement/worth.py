@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eplb_fsm.placement.balancedness import RankLoads, rank_loads
-from eplb_fsm.placement.moves import BoolArray, peer_moves_of_layers
+from eplb_fsm.placement.balancedness import RankLoads, rank_loads, slowest_times
+from eplb_fsm.placement.moves import BoolArray, cross_node_moves_of_layers, peer_moves_of_layers
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.shapes import BankShape
+from eplb_fsm.placement.topology import Topology
 from eplb_fsm.placement.validate import Float64Array
 
 
@@ -59,12 +60,14 @@ class Worth(NamedTuple):
 
     Attributes:
         num_bytes: Bytes that come from other ranks.
+        price: What they count, `cross_node_price` times as much where they come from another node.
         saved_share: Share of the experts' time of a step that it gives back; negative if it takes more.
         saved_s: Seconds given back over the horizon, trust included.
         cost_s: Seconds that moving it takes.
     """
 
     num_bytes: Float64Array
+    price: Float64Array
     saved_share: Float64Array
     saved_s: Float64Array
     cost_s: Float64Array
@@ -82,12 +85,13 @@ def worth_of_layers(
     shapes: Sequence[BankShape],
     thresholds: Thresholds,
     costs: Costs | None,
+    topology: Topology,
     loads_of: RankLoads = rank_loads,
 ) -> Worth:
     """Weigh each layer's way from its live placement to its target.
 
-    The time of a rank counts as its load times the bytes of an expert, so that banks with experts of other sizes can
-    be compared. The gain begins when the bytes have arrived, so the horizon is shorter by the transfer.
+    The time of a rank counts as its load over its speed, times the bytes of an expert, so that banks with experts of
+    other sizes can be compared. The gain begins when the bytes have arrived, so the horizon is shorter by the transfer.
 
     Args:
         loads: Load of each bank, ``(layers, experts)``.
@@ -96,27 +100,39 @@ def worth_of_layers(
         shapes: Sizes of each bank's experts.
         thresholds: Horizon, and the experts' share of a step.
         costs: None: moving takes no time, and every saving pays.
+        topology: Ranks with their speeds, and nodes; the layers share what all bytes take by what theirs count.
         loads_of: How tokens are divided among replicas.
     """
-    num_bytes, before, after = (
+    num_bytes, price, before, after = (
         np.concatenate(parts)
         for parts in zip(
-            *(_of_bank(*each, loads_of) for each in zip(loads, current, targets, shapes, strict=True)), strict=True
+            *(_of_bank(*each, topology, loads_of) for each in zip(loads, current, targets, shapes, strict=True)),
+            strict=True,
         )
     )
     saved_share = (before - after) / max(float(before.sum()), np.finfo(np.float64).tiny)
     if costs is None:
-        return Worth(num_bytes, saved_share, saved_share, np.zeros_like(num_bytes))
+        return Worth(num_bytes, price, saved_share, saved_share, np.zeros_like(num_bytes))
     step_s = max(costs.step_s, np.finfo(np.float64).tiny)
     transfer_steps = float(num_bytes.sum()) / costs.bytes_per_s / step_s
     steps = max(0.0, thresholds.horizon_steps - transfer_steps)
     saved_s = costs.trust * steps * costs.step_s * thresholds.moe_time_share * saved_share
-    return Worth(num_bytes, saved_share, saved_s, num_bytes * costs.lost_s_per_byte)
+    cost_s = price * (costs.lost_s_per_byte * num_bytes.sum() / max(float(price.sum()), 1.0))
+    return Worth(num_bytes, price, saved_share, saved_s, cost_s)
 
 
 def _of_bank(
-    load: Float64Array, current: Placement, target: Placement, shape: BankShape, loads_of: RankLoads
-) -> tuple[Float64Array, Float64Array, Float64Array]:
+    load: Float64Array,
+    current: Placement,
+    target: Placement,
+    shape: BankShape,
+    topology: Topology,
+    loads_of: RankLoads,
+) -> tuple[Float64Array, Float64Array, Float64Array, Float64Array]:
     row_bytes = np.array(shape.row_bytes, dtype=np.float64)
-    before, after = (loads_of(load, placement).max(axis=1) * row_bytes for placement in (current, target))
-    return peer_moves_of_layers(current, target) * row_bytes, before, after
+    speeds = topology.counted_speeds
+    before, after = (slowest_times(loads_of(load, placement), speeds) * row_bytes for placement in (current, target))
+    moves = peer_moves_of_layers(current, target)
+    crossing = cross_node_moves_of_layers(current, target, topology.num_nodes)
+    price = moves + (topology.cross_node_price - 1.0) * crossing
+    return moves * row_bytes, price * row_bytes, before, after

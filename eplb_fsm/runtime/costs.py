@@ -1,4 +1,4 @@
-"""What moving experts takes from the decode loop: measured on each rank, summed with the load, the same for all."""
+"""What each rank knows and the planner needs: costs of moving, and speeds; summed with the load, the same for all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from eplb_fsm.config import RebalanceConfig
+from eplb_fsm.placement.task import Speeds
 from eplb_fsm.placement.worth import Costs
 
 _FIRST_BYTES_PER_S = 1e9
 """What a rank is taken to move in a second before any epoch was measured; about what 10-gigabit Ethernet carries."""
+_SPEED_UNITS = 1_000_000
+"""Speeds travel as so many parts of 1."""
 _LEAST_SLOWDOWN = 0.01
 """Of the loop while bytes move, before any epoch was measured."""
 
@@ -45,3 +48,17 @@ def costs_of(sums: Sequence[int], num_ranks: int, config: RebalanceConfig, trust
     bytes_per_s = num_ranks * min(_FIRST_BYTES_PER_S, config.max_transfer_mb_s * 1e6 or _FIRST_BYTES_PER_S)
     slowdown = 1.0 if config.mode == "sync" else max(_LEAST_SLOWDOWN, config.max_slowdown)
     return Costs(step_s, bytes_per_s, slowdown / bytes_per_s, trust)
+
+
+def speed_words(speed: float, rank: int, num_ranks: int) -> list[int]:
+    """Return one word for each rank, 0 but for this rank's, so that the sum over the ranks holds all speeds."""
+    words = [0] * num_ranks
+    words[rank] = round(speed * _SPEED_UNITS)
+    return words
+
+
+def speeds_of(sums: Sequence[int]) -> Speeds:
+    """Return the speeds of all ranks from the sums of :func:`speed_words`; empty where all are alike."""
+    if len(set(sums)) == 1 and sums[0]:
+        return ()
+    return tuple(word / _SPEED_UNITS for word in sums)

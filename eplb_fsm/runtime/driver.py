@@ -140,7 +140,8 @@ class Driver:
             self._work_failed(self.core.epoch, AbortReason.WORKER_DIED, "the worker thread is gone")
         self.core.drained = self._runner.is_drained
         vote = self.core.post_vote(pass_id)
-        self._recorder.record_vote(vote)  # first, so that the trace of a rank that dies has every vote that others read
+        if self._recorder:  # first, so that the trace of a rank that dies has every vote that others read
+            self._recorder.record_vote(vote)
         self._rounds.post(vote)
         self._parts.gauge.note(self.core.step_idx, now, is_transferring=self.core.state is State.TRANSFERRING)
 
@@ -176,8 +177,10 @@ class Driver:
             self._raise_lag()
 
     def _carry_out(self, decision: Decision, action: str, lost: str = "") -> None:
-        if decision.kind is not DecisionKind.NONE:  # most rounds decide nothing
+        if decision.kind is not DecisionKind.NONE:
             self._act(decision)
+        elif not self._recorder:  # most rounds decide nothing, and nobody listens
+            return
         self._recorder.record(
             action,
             decision=decision.kind.value,

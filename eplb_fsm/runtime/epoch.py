@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from eplb_fsm.core.rank import PlanTerms
+from eplb_fsm.errors import ConfigError
 from eplb_fsm.load.recorder import LoadSource
 from eplb_fsm.observe.gains import GainWatch, Seen
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan, live_digest
+from eplb_fsm.placement.topology import check_speed
 from eplb_fsm.runtime.costs import Measured
 from eplb_fsm.runtime.device import DeviceOps
 from eplb_fsm.runtime.jobs import Jobs, PlanInput
@@ -43,6 +45,7 @@ class EpochRunner:
         self.placements = tuple(placements)
         self.live_digest = live_digest(self.placements)
         self.gains = GainWatch(is_telling=jobs.domain.rank == 0)
+        self._speed = 1.0
         self.plan: Plan | None = None
         self.moved_bytes = 0
         self.peer_bytes = 0
@@ -72,9 +75,23 @@ class EpochRunner:
         self._device.enqueue(self._load.snapshot)
         taken = self._device.record_event()
         brought = PlanInput(
-            self._load.snapshots, taken, self.placements, measured, self.gains.trust, self.gains.unmoved
+            self._load.snapshots, taken, self.placements, measured, self._speed, self.gains.trust, self.gains.unmoved
         )
         self._submit(self._jobs.make_plan(epoch, brought))
+
+    def set_speed(self, speed: float) -> None:
+        """Give this rank a speed for the next plan.
+
+        Raises:
+            ConfigError: It is out of range, or the policy treats all ranks alike.
+        """
+        task = self._jobs.task
+        if not task.minds_speeds:
+            raise ConfigError(
+                f"policy {task.policy!r} treats all ranks alike, so the speed of a rank changes nothing; "
+                "choose policy 'movement_aware'"
+            )
+        self._speed = check_speed(speed)
 
     def write_tables(self, prepared: Sequence[object]) -> None:
         """Write new shares for the live placement, in stream order."""

@@ -16,9 +16,8 @@ from eplb_fsm.observe.gains import Seen
 from eplb_fsm.placement.estimate import LoadEstimator
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Chunk, Plan
-from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
-from eplb_fsm.placement.worth import Costs
-from eplb_fsm.runtime.costs import Measured, costs_of
+from eplb_fsm.placement.task import EncodedPlan, Load, PlanRequest, PlanTask
+from eplb_fsm.runtime.costs import Measured, costs_of, speed_words, speeds_of
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.planner import Planner
@@ -49,6 +48,7 @@ class PlanInput(NamedTuple):
         taken: The event of the snapshot.
         current: The live placement of each bank.
         measured: What it knows of the cost of moving.
+        speed: How fast it is.
         trust: Share of predicted gains that came true lately; the same on all ranks.
         unmoved: What the last committed epoch began with; None where there is none, or its gain is measured.
     """
@@ -57,6 +57,7 @@ class PlanInput(NamedTuple):
     taken: Pending
     current: tuple[Placement, ...]
     measured: Measured
+    speed: float
     trust: float
     unmoved: tuple[Placement, ...] | None
 
@@ -102,24 +103,27 @@ class Jobs:
         return self.config.transfer_timeout_s + self.config.plan_timeout_s
 
     def _make_plan(self, epoch: int, brought: PlanInput) -> Iterator[Pending]:
-        snapshots, taken, current, measured, trust, unmoved = brought
+        snapshots, taken, current, measured, speed, trust, unmoved = brought
         yield taken
         parts = [snapshot.reshape(-1).to("cpu", torch.int64) for snapshot in snapshots]
-        total = torch.cat([*parts, torch.tensor(measured, dtype=torch.int64)])
+        words = [*measured, *speed_words(speed, self.domain.rank, self.domain.world_size)]
+        total = torch.cat([*parts, torch.tensor(words, dtype=torch.int64)])
         yield self.transport.all_reduce_sum(total)
         self.mailbox.put(LoadCollected(epoch))
         yield self.pace.breathe()
         window = self._split(total.numpy(), current)
         seen = self._see(window, current, unmoved)
         loads = self.estimator.update(window)
-        costs = costs_of(total[-len(measured) :].tolist(), self.domain.world_size, self.config, trust)
+        sums = total[-len(words) :].tolist()
+        costs = costs_of(sums[: len(measured)], self.domain.world_size, self.config, trust)
+        request = PlanRequest(loads, current, costs, speeds_of(sums[len(measured) :]))
         if self.config.plan_source == "every_rank":
-            encoded = yield from self._compute(loads, current, costs)
+            encoded = yield from self._compute(request)
         else:
-            encoded = yield from self._receive_plan(loads, current, costs)
+            encoded = yield from self._receive_plan(request)
         yield self.pace.breathe()
         plan = self.task.decode(encoded, current)
-        self.tables.follow(loads)
+        self.tables.follow(loads, self.task.topology_with(request.speeds).counted_speeds)
         self.mailbox.put(PlanReady(epoch, plan, self.tables.prepare_shares(current), seen))
 
     def _see(
@@ -138,23 +142,19 @@ class Jobs:
             start += math.prod(shape)
         return loads
 
-    def _compute(
-        self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None
-    ) -> Generator[Pending, None, EncodedPlan]:
+    def _compute(self, request: PlanRequest) -> Generator[Pending, None, EncodedPlan]:
         assert self.planner is not None
-        yield self.planner.submit(loads, current, costs)
+        yield self.planner.submit(request)
         return self.planner.result()
 
-    def _receive_plan(
-        self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None
-    ) -> Generator[Pending, None, EncodedPlan]:
+    def _receive_plan(self, request: PlanRequest) -> Generator[Pending, None, EncodedPlan]:
         """One rank computes; its failure is broadcast like a plan, so that nobody waits for it in vain."""
         is_planning = self.domain.rank == _PLANNING_RANK
         failure: WorkError | None = None
         encoded: EncodedPlan = np.zeros(0, dtype=np.int64)
         if is_planning:
             try:
-                encoded = yield from self._compute(loads, current, costs)
+                encoded = yield from self._compute(request)
             except WorkError as error:
                 failure = error
             except Exception as error:  # whatever it is, the others are waiting for a plan or a failure

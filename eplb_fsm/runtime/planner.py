@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Protocol
 
@@ -18,9 +17,7 @@ import numpy as np
 
 from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.errors import ConfigError
-from eplb_fsm.placement.placement import Placement
-from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
-from eplb_fsm.placement.worth import Costs
+from eplb_fsm.placement.task import EncodedPlan, PlanRequest, PlanTask
 from eplb_fsm.runtime.pending import Done, Pending
 from eplb_fsm.runtime.worker import WorkError
 
@@ -28,8 +25,8 @@ from eplb_fsm.runtime.worker import WorkError
 class Planner(Protocol):
     """Computes plans for the worker."""
 
-    def submit(self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None) -> Pending:
-        """Start computing; worker thread. ``costs`` are what the ranks measured."""
+    def submit(self, request: PlanRequest) -> Pending:
+        """Start computing; worker thread."""
         ...
 
     def result(self) -> EncodedPlan:
@@ -53,10 +50,10 @@ class InlinePlanner:
         self._task = task
         self._result: EncodedPlan | WorkError | None = None
 
-    def submit(self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None) -> Pending:
+    def submit(self, request: PlanRequest) -> Pending:
         """Compute now."""
         try:
-            self._result = self._task.plan(loads, current, costs)
+            self._result = self._task.plan(request)
         except Exception as error:  # a policy may raise anything
             self._result = WorkError(AbortReason.POLICY_ERROR, f"{type(error).__name__}: {error}")
         return Done()
@@ -94,7 +91,7 @@ class ProcessPlanner:
         self._is_closed = False
         self._start()
 
-    def submit(self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None) -> Pending:
+    def submit(self, request: PlanRequest) -> Pending:
         """Send the load to the child."""
         if self._process is None:
             try:
@@ -103,7 +100,7 @@ class ProcessPlanner:
                 raise WorkError(AbortReason.POLICY_ERROR, f"the planner could not be started again: {error}") from error
         pipe = self._open_pipe()
         try:
-            pipe.send((tuple(loads), tuple(current), costs))
+            pipe.send(request)
         except OSError as error:
             self._end()
             raise WorkError(AbortReason.POLICY_ERROR, "the planner's process is gone") from error

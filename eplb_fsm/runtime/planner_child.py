@@ -42,9 +42,9 @@ def _serve(pipe: Connection) -> None:
         return
     pipe.send(None)
     while True:
-        loads, current, costs = pipe.recv()
+        request = pipe.recv()
         try:
-            pipe.send(task.plan(loads, current, costs))
+            pipe.send(task.plan(request))
         except Exception as error:  # a policy may raise anything
             pipe.send(f"{type(error).__name__}: {error}")
 

@@ -77,7 +77,8 @@ class Rounds:
     def post(self, vote: Vote) -> None:
         """Post a vote. A lost channel shows when the round is read."""
         # The journal comes first: once the vote is out, a commit may be decided at any time.
-        self.journal = self.journal._replace(posted_round=vote.round_idx, posted_staged=vote.promises_commit)
+        _, _, read_round, read_commit, *ends = self.journal
+        self.journal = Journal(vote.round_idx, vote.promises_commit, read_round, read_commit, *ends)
         self._lost = None
         try:
             self._channel.post(vote)
@@ -103,7 +104,8 @@ class Rounds:
     def note_decision(self, round_idx: int, *, committed: bool) -> None:
         """Show what this rank read."""
         self.num_read += 1
-        self.journal = self.journal._replace(read_round=round_idx, read_commit=committed)
+        posted_round, posted_staged, _, _, *ends = self.journal
+        self.journal = Journal(posted_round, posted_staged, round_idx, committed, *ends)
 
     def read(
         self, round_idx: int, now: float, *, in_window: bool, counts_late: bool

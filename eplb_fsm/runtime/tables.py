@@ -34,12 +34,14 @@ class Tables:
         self._writer = writer
         self._is_weighted = is_weighted
         self._loads: Sequence[Load] = ()
+        self._speeds: Float64Array | None = None
         if is_weighted:
             warm_up()
 
-    def follow(self, loads: Sequence[Load]) -> None:
-        """Split by this load from here on; worker thread."""
+    def follow(self, loads: Sequence[Load], speeds: Float64Array) -> None:
+        """Split by this load of each bank and these speeds of the ranks from here on; worker thread."""
         self._loads = loads
+        self._speeds = speeds
 
     def prepare(self, bank: int, layers: Sequence[int], placement: Placement) -> object:
         """Work out what :meth:`write` copies for some layers; worker thread."""
@@ -54,9 +56,9 @@ class Tables:
         )
 
     def balancedness(self, window: Sequence[Load], placements: Sequence[Placement]) -> float:
-        """Mean balancedness over all layers under a window, with the shares of the last plan's load; worker thread."""
+        """Mean balancedness over all layers under a window, with what the last plan was made by; worker thread."""
         layers = [
-            mean_over_max(rank_loads(load, placement, self._shares(bank, range(len(load)), placement)))
+            mean_over_max(rank_loads(load, placement, self._shares(bank, range(len(load)), placement)), self._speeds)
             for bank, (load, placement) in enumerate(zip(window, placements, strict=True))
         ]
         return float(np.concatenate(layers).mean())
@@ -68,4 +70,4 @@ class Tables:
     def _shares(self, bank: int, layers: Sequence[int], placement: Placement) -> Float64Array | None:
         if not self._is_weighted or not self._loads:
             return None
-        return weighted_shares(self._loads[bank], placement, layers)
+        return weighted_shares(self._loads[bank], placement, layers, self._speeds)

@@ -10,9 +10,8 @@ import torch
 from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.errors import TransferError, TransportLost
 from eplb_fsm.placement.placement import Placement
-from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
+from eplb_fsm.placement.task import EncodedPlan, PlanRequest, PlanTask
 from eplb_fsm.placement.validate import Float64Array
-from eplb_fsm.placement.worth import Costs
 from eplb_fsm.runtime.maps import MapWriter
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.planner import InlinePlanner
@@ -112,12 +111,13 @@ class FaultyPlanner:
         self._planner = InlinePlanner(task)
         self._faults = faults
 
-    def submit(self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None) -> Pending:
+    def submit(self, request: PlanRequest) -> Pending:
         """Plan, perhaps from another load."""
         if self._faults.load_change:
-            loads = [load.copy() for load in loads]
+            loads = [load.copy() for load in request.loads]
             loads[0][:, 0] += self._faults.load_change
-        self._planner.submit(loads, current, costs)
+            request = request._replace(loads=loads)
+        self._planner.submit(request)
         return _Planned(self._faults)
 
     def result(self) -> EncodedPlan:

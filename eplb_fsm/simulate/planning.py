@@ -11,7 +11,7 @@ import numpy as np
 from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Plan
-from eplb_fsm.placement.task import EncodedPlan, Load, PlanTask
+from eplb_fsm.placement.task import EncodedPlan, PlanRequest, PlanTask, Speeds
 from eplb_fsm.placement.worth import Costs
 from eplb_fsm.runtime.maps import TensorMapWriter, table_rows
 
@@ -31,9 +31,10 @@ class RememberingTask(PlanTask):
         """Return the task with a memory."""
         return cls(**{field.name: getattr(task, field.name) for field in fields(task)})
 
-    def plan(self, loads: Sequence[Load], current: Sequence[Placement], costs: Costs | None) -> EncodedPlan:
+    def plan(self, request: PlanRequest) -> EncodedPlan:
         """Compute and encode a plan."""
-        return _plan(self, tuple(load.tobytes() for load in loads), tuple(current), costs)
+        loads = tuple(load.tobytes() for load in request.loads)
+        return _plan(self, loads, tuple(request.current), request.costs, request.speeds)
 
     def decode(self, encoded: EncodedPlan, current: tuple[Placement, ...]) -> Plan:
         """Read and check a plan."""
@@ -65,12 +66,14 @@ def _map_rows(placement: Placement, width: int, layers: tuple[int, ...]) -> tupl
 
 
 @lru_cache(_NUM_KEPT)
-def _plan(task: PlanTask, loads: tuple[bytes, ...], current: tuple[Placement, ...], costs: Costs | None) -> EncodedPlan:
+def _plan(
+    task: PlanTask, loads: tuple[bytes, ...], current: tuple[Placement, ...], costs: Costs | None, speeds: Speeds
+) -> EncodedPlan:
     arrays = [
         np.frombuffer(load, np.int64).reshape(placement.num_moe_layers, -1)
         for load, placement in zip(loads, current, strict=True)
     ]
-    return PlanTask.plan(task, arrays, current, costs)
+    return PlanTask.plan(task, PlanRequest(arrays, current, costs, speeds))
 
 
 @lru_cache(_NUM_KEPT)

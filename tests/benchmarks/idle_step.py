@@ -1,5 +1,7 @@
 """What a ``step()`` costs while nothing is due, beside an empty method call and a bare ``next()`` on a generator.
 
+With idle rounds, beside steps of which every so many post a bare all-reduce of as many words as a vote has.
+
 python -m tests.benchmarks.idle_step
 """
 
@@ -11,6 +13,7 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable, Generator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from eplb_fsm import Placement, RebalanceConfig, RebalanceFSM
+from eplb_fsm.core.votes import NUM_VOTE_WORDS
 from eplb_fsm.runtime.failstop import raise_error
 from tests.benchmarks.ranks import expert_bank, report, run_ranks
 
@@ -25,11 +29,30 @@ _PASS_S = 0.001
 """A forward pass: matrix products for this long, which leave the caches as cold for a step as a pass does."""
 
 _NUM_IDLE_ROUNDS = 100
+_LAG = 4
 
 
 class _Empty:
     def step(self) -> None:
         """Do nothing."""
+
+
+class _BareRounds:
+    """An all-reduce of a vote's words every so many steps, and nothing else: what gloo takes of an idle round."""
+
+    def __init__(self, store: dist.Store, rank: int, num_ranks: int, interval: int) -> None:
+        self._group = dist.ProcessGroupGloo(dist.PrefixStore("bare", store), rank, num_ranks, timedelta(seconds=30))
+        self._words = torch.zeros(2 * NUM_VOTE_WORDS, dtype=torch.int64)
+        self._interval = interval
+        self._step_idx = 0
+
+    def step(self) -> None:
+        """Post it where it is due, and wait for it a few steps later."""
+        self._step_idx += 1
+        if self._step_idx % self._interval == 0:
+            self._work = self._group.allreduce([self._words])
+        elif self._step_idx % self._interval == _LAG and self._step_idx > _LAG:
+            self._work.wait()
 
 
 def _bare() -> Generator[None, None, None]:
@@ -62,10 +85,12 @@ def measure(rank: int, num_ranks: int, store: dist.Store, rounds: int) -> dict[s
         steps = _time_steps(fsm.step, num_steps)
         # Reading the clocks, with caches as cold as they are after a pass, is not the step's.
         clocks = _time_steps(empty.step, num_steps)
+        bare = _time_steps(_BareRounds(store, rank, num_ranks, idle.idle_round_interval).step, num_steps)
         grown = _grown_bytes(fsm)
     result: dict[str, Any] = {name: statistics.median(values) for name, values in seen.items()}
     result["with_idle_rounds_wall_ns"] = steps[0] - clocks[0]
     result["with_idle_rounds_cpu_ns"] = steps[1] - clocks[1]
+    result["bare_all_reduces_cpu_ns"] = bare[1] - clocks[1]
     result["grown_bytes_in_100000_steps"] = grown
     return result
 

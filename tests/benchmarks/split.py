@@ -31,14 +31,16 @@ _NUM_PROVEN = 8
 _NUM_TIMES = 15
 
 
-def lightest_heaviest_rank(load: np.ndarray, row: np.ndarray, num_ranks: int) -> float:
-    """The least load of the heaviest rank, by a linear program: amounts of each slot, and the heaviest rank's load."""
+def lightest_heaviest_rank(
+    load: np.ndarray, row: np.ndarray, num_ranks: int, speeds: np.ndarray | float = 1.0
+) -> float:
+    """The least load of the heaviest rank (over its speed), by a linear program over slots' amounts and that load."""
     num_slots, num_experts = len(row), len(load)
     sums = np.zeros((num_experts, num_slots + 1))
     sums[row, np.arange(num_slots)] = 1.0
     ranks = np.zeros((num_ranks, num_slots + 1))
     ranks[np.arange(num_slots) // (num_slots // num_ranks), np.arange(num_slots)] = 1.0
-    ranks[:, -1] = -1.0
+    ranks[:, -1] = -np.asarray(speeds)
     solved = linprog([0.0] * num_slots + [1.0], ranks, np.zeros(num_ranks), sums, load)
     assert solved.success
     return float(solved.fun)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from hashlib import blake2b
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
@@ -20,6 +22,9 @@ except ImportError as error:  # an extra: engines that bring their own pin it, e
     _numba = None
     if find_spec("numba") is not None:
         logging.getLogger(__name__).warning("numba cannot be imported (%s), so plans take far longer", error)
+
+_SOURCES = blake2b(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+"""Digest of all kernels."""
 
 IS_COMPILED = _numba is not None
 """Whether kernels are machine code."""
@@ -35,6 +40,17 @@ def compiled(function: _Kernel) -> _Kernel:
     kernel: _Kernel
     try:
         kernel = _numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder for the machine code can be written: compile in every process
+        _mark(kernel)
+    except (AttributeError, RuntimeError):  # it cannot be marked, or not be written: compile in every process
         kernel = _numba.njit(nogil=True)(function)
     return kernel
+
+
+def _mark(kernel: Any) -> None:
+    """Have the machine code that is kept count only for these sources.
+
+    Numba asks for the date of the kernel's own file, and compiles the kernels that it calls into it: after an upgrade
+    that leaves the one file as it was, old code of the others would run.
+    """
+    kept = kernel._cache._cache_file  # numba has no public way; tested with the newest
+    kept._source_stamp = (kept._source_stamp, _SOURCES)

@@ -26,7 +26,9 @@ class Layer(NamedTuple):
         price: (experts, ranks) float64 what it costs to have the expert there: 0 if the rank held it at the start, 1 if
             another one of its node did, else the price of a move between nodes.
         may_be_on: (experts, ranks) bool, whether it may hold it.
-        load_of: (ranks) float64 load of each rank.
+        speeds: (ranks) float64 speed of each rank.
+        base_of: (ranks) float64 what a rank carries more than one of speed 1 could, see :func:`set_limit`.
+        load_of: (ranks) float64 load of each rank, `base_of` included.
         share_at: (slots) float64 load of each slot.
         prospect: (7, experts) float64, what one replica more or less of an expert would do; see `look_ahead`.
     """
@@ -39,6 +41,8 @@ class Layer(NamedTuple):
     num_on: npt.NDArray[np.int16]
     price: Float64Array
     may_be_on: BoolArray
+    speeds: Float64Array
+    base_of: Float64Array
     load_of: Float64Array
     share_at: Float64Array
     prospect: Float64Array
@@ -53,7 +57,8 @@ def make_layer(
     weight: Float64Array,
     start: Int64Array,
     row: Int64Array,
-    num_ranks: int,
+    speeds: Float64Array,
+    may_hold: BoolArray,
     ranks_per_group: int,
     ranks_per_node: int,
     cross_node_price: float,
@@ -64,13 +69,14 @@ def make_layer(
         weight: (experts) float64 load of each expert.
         start: (slots) int64 what the slots hold now.
         row: (slots) int64 what they shall hold before the repair; every expert has a slot.
-        num_ranks: Ranks that share the slots.
+        speeds: (ranks) float64 above 0, speeds of the ranks that share the slots.
+        may_hold: (ranks) bool, which of them may hold experts.
         ranks_per_group: An expert stays on the groups of so many ranks that `row` has it on; all ranks: it may go
             anywhere.
         ranks_per_node: Ranks among which a peer move costs 1.
         cross_node_price: What one from elsewhere costs.
     """
-    num_experts, num_slots = len(weight), len(row)
+    num_experts, num_slots, num_ranks = len(weight), len(row), len(speeds)
     num_local = num_slots // num_ranks
     layer = Layer(
         weight,
@@ -81,6 +87,8 @@ def make_layer(
         np.zeros((num_experts, num_ranks), dtype=np.int16),
         np.full((num_experts, num_ranks), cross_node_price),
         np.zeros((num_experts, num_ranks), dtype=np.bool_),
+        speeds,
+        np.zeros(num_ranks),
         np.zeros(num_ranks),
         np.zeros(num_slots),
         np.zeros((7, num_experts)),
@@ -99,15 +107,26 @@ def make_layer(
             layer.replicas[expert] += 1
             layer.num_on[expert, rank] += 1
             first = rank // ranks_per_group * ranks_per_group
-            layer.may_be_on[expert, first : first + ranks_per_group] = True
+            layer.may_be_on[expert, first : first + ranks_per_group] = may_hold[first : first + ranks_per_group]
     sum_loads(layer)
     return layer
 
 
 @compiled
+def set_limit(layer: Layer, limit: float) -> None:
+    """Let all ranks have the same limit, whatever their speed.
+
+    A rank of speed `s` may carry `s * limit`. That is so if it may carry `limit` like all others, `(1 - s) * limit` of
+    which is there for good.
+    """
+    layer.base_of[:] = (1.0 - layer.speeds) * limit
+    sum_loads(layer)
+
+
+@compiled
 def sum_loads(layer: Layer) -> None:
     """Compute the load of every rank anew, in the order of the slots, so that no error grows."""
-    layer.load_of[:] = 0.0
+    layer.load_of[:] = layer.base_of
     for slot in range(len(layer.expert_at)):
         expert = layer.expert_at[slot]
         share = layer.weight[expert] / layer.replicas[expert] if expert >= 0 else 0.0
@@ -117,8 +136,11 @@ def sum_loads(layer: Layer) -> None:
 
 @compiled
 def heaviest_of(layer: Layer) -> float:
-    """Load of the heaviest rank."""
-    return float(layer.load_of.max())
+    """Load of the heaviest rank over its speed."""
+    heaviest = 0.0
+    for rank in range(len(layer.load_of)):
+        heaviest = max(heaviest, (layer.load_of[rank] - layer.base_of[rank]) / layer.speeds[rank])
+    return heaviest
 
 
 @compiled

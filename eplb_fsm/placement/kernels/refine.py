@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.kernels.compiled import compiled
-from eplb_fsm.placement.kernels.layer import Layer, heaviest_of, make_layer, may_get, put, sum_loads
-from eplb_fsm.placement.kernels.repair import spread
+from eplb_fsm.placement.kernels.layer import Layer, heaviest_of, make_layer, may_get, put, set_limit, sum_loads
+from eplb_fsm.placement.kernels.repair import mean_load, spread
+from eplb_fsm.placement.moves import BoolArray
 from eplb_fsm.placement.validate import Float64Array
 
 _MULTIPLIER, _MODULUS = 48271, (1 << 31) - 1
@@ -27,21 +28,25 @@ _LEAST_TRIES, _TRIES_PER_SLOT = 20_000, 200
 
 
 @compiled
-def refine_layers(load: Float64Array, rows: Int64Array, num_ranks: int, ranks_per_node: int) -> None:
+def refine_layers(
+    load: Float64Array, rows: Int64Array, speeds: Float64Array, may_hold: BoolArray, ranks_per_node: int
+) -> None:
     """Refine all layers in place; none gets less balanced. Those without load are left alone.
 
     Args:
         load: (layers, experts) float64, C-contiguous.
-        rows: (layers, slots) int64 without empty slots; where the search begins, and holds the result afterwards.
-        num_ranks: Ranks that share the slots.
+        rows: (layers, slots) int64 where the search begins, and holds the result afterwards; slots that are empty,
+            -1, stay so.
+        speeds: (ranks) float64 above 0, speeds of the ranks that share the slots.
+        may_hold: (ranks) bool, which of them may hold experts; `rows` has none on others.
         ranks_per_node: As `ranks_per_group` of :func:`make_layer`.
     """
     for index in range(len(load)):
-        mean = 0.0
-        for expert in range(load.shape[1]):
-            mean += load[index, expert] / num_ranks
+        mean = mean_load(load[index], speeds)
         if mean > 0.0:
-            layer = make_layer(load[index], rows[index], rows[index], num_ranks, ranks_per_node, num_ranks, 1.0)
+            layer = make_layer(
+                load[index], rows[index], rows[index], speeds, may_hold, ranks_per_node, len(speeds), 1.0
+            )
             spread(layer)
             _refine(layer, mean, max(_LEAST_TRIES, _TRIES_PER_SLOT * rows.shape[1]), rows[index])
 
@@ -65,10 +70,10 @@ def _refine(layer: Layer, mean: float, num_tries: int, best: Int64Array) -> None
 
 @compiled
 def _lower_bound(layer: Layer, mean: float) -> float:
-    """What some rank carries at least: the mean, or a replica of an expert that has as many as there can be."""
+    """What some rank takes at least: the mean, or a replica of an expert that has as many as there can be."""
     num_experts, num_slots = len(layer.weight), len(layer.expert_at)
     most_replicas = min(len(layer.load_of), num_slots - num_experts + 1)
-    return max(mean, float(layer.weight.max()) / most_replicas)
+    return max(mean, float(layer.weight.max()) / most_replicas / float(layer.speeds.max()))
 
 
 @compiled
@@ -76,8 +81,9 @@ def _search(layer: Layer, limit: float, mean: float, num_tries: int, state: int)
     """Change the layer until no rank carries more than the limit, or the tries are used up.
 
     Returns:
-        The state of the generator, and the load of the heaviest rank.
+        The state of the generator, and the load of the heaviest rank over its speed.
     """
+    set_limit(layer, limit)
     num_slots, num_ranks = len(layer.expert_at), len(layer.load_of)
     num_local = num_slots // num_ranks
     excess = _excess(layer, limit)
@@ -120,7 +126,7 @@ def _try_change(layer: Layer, kind: int, slot: int, other: int, limit: float, ex
     expert_at, rank_of = layer.expert_at, layer.rank_of
     first, second = expert_at[slot], expert_at[other]
     rank, other_rank = rank_of[slot], rank_of[other]
-    if first == second or rank == other_rank:
+    if first == second or rank == other_rank or min(first, second) < 0:
         return excess
     writes_slot, writes_other = kind != 1, kind != 2
     if (writes_slot and not may_get(layer, second, rank)) or (writes_other and not may_get(layer, first, other_rank)):

@@ -34,9 +34,10 @@ from eplb_fsm.placement.kernels.layer import (
     make_layer,
     may_get,
     put,
+    set_limit,
     sum_loads,
 )
-from eplb_fsm.placement.kernels.split import fill_pools
+from eplb_fsm.placement.kernels.split import fill_pools, highest_of
 from eplb_fsm.placement.moves import BoolArray
 from eplb_fsm.placement.validate import Float64Array
 
@@ -71,7 +72,8 @@ def repair_layers(
     load: Float64Array,
     start: Int64Array,
     rows: Int64Array,
-    num_ranks: int,
+    speeds: Float64Array,
+    may_hold: BoolArray,
     ranks_per_group: int,
     ranks_per_node: int,
     cross_node_price: float,
@@ -86,7 +88,8 @@ def repair_layers(
         load: (layers, experts) float64, C-contiguous.
         start: (layers, slots) int64 what the slots hold now.
         rows: (layers, slots) int64 where the repair begins; holds the result afterwards.
-        num_ranks: Ranks that share the slots.
+        speeds: (ranks) float64 above 0, speeds of the ranks that share the slots.
+        may_hold: (ranks) bool, which of them may hold experts; `rows` has none on others.
         ranks_per_group: As in :func:`make_layer`.
         ranks_per_node: As there.
         cross_node_price: As there.
@@ -100,13 +103,11 @@ def repair_layers(
     """
     is_good, balance = np.ones(len(load), dtype=np.bool_), np.ones(len(load))
     for index in range(len(load)):
-        mean = 0.0
-        for expert in range(load.shape[1]):
-            mean += load[index, expert] / num_ranks
+        mean = mean_load(load[index], speeds)
         if mean <= 0.0:
             continue
         layer = make_layer(
-            load[index], start[index], rows[index], num_ranks, ranks_per_group, ranks_per_node, cross_node_price
+            load[index], start[index], rows[index], speeds, may_hold, ranks_per_group, ranks_per_node, cross_node_price
         )
         if is_new:
             spread(layer)
@@ -118,6 +119,15 @@ def repair_layers(
 
 
 @compiled
+def mean_load(weight: Float64Array, speeds: Float64Array) -> float:
+    """What a rank of speed 1 carries of the experts' load if all are divided perfectly."""
+    mean, capacity = 0.0, speeds.sum()
+    for expert in range(len(weight)):
+        mean += weight[expert] / capacity
+    return mean
+
+
+@compiled
 def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> float:
     """Change a layer until no rank carries more than the limit, no change helps, or `max_changes` are made.
 
@@ -125,8 +135,9 @@ def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> 
     heaviest rank that was met counts: `layer.expert_at` holds that row afterwards, and the other arrays do not follow.
 
     Returns:
-        Load of the heaviest rank of that row.
+        Load of the heaviest rank of that row, over its speed.
     """
+    set_limit(layer, limit)
     lightest, row = _heaviest(layer, limit, is_weighted), layer.expert_at.copy()
     if lightest <= _with_rounding(limit):
         return lightest
@@ -148,10 +159,10 @@ def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> 
 
 @compiled
 def _heaviest(layer: Layer, limit: float, is_weighted: bool) -> float:
-    """Load of the heaviest rank; with weighted shares, as light as it can be made if it cannot be within the limit."""
+    """Load of the heaviest rank over its speed; where that is above the limit, with weighted shares if there are."""
     heaviest = heaviest_of(layer)
     if is_weighted and heaviest > _with_rounding(limit):
-        return float(fill_pools(layer.weight, layer.expert_at, len(layer.load_of), limit).load_of.max())
+        return highest_of(fill_pools(layer.weight, layer.expert_at, layer.speeds, limit))
     return heaviest
 
 
@@ -326,7 +337,10 @@ def _apply(layer: Layer, change: Change) -> None:
 
 @compiled
 def spread(layer: Layer) -> None:
-    """Swap second replicas of an expert away from their rank, as long as no rank gets heavier than the heaviest."""
+    """Swap second replicas of an expert away from their rank, as long as no rank gets heavier than the heaviest.
+
+    Before :func:`set_limit`.
+    """
     for slot in range(len(layer.expert_at)):
         rank, expert = layer.rank_of[slot], layer.expert_at[slot]
         if expert < 0 or layer.num_on[expert, rank] < 2:
@@ -337,7 +351,10 @@ def spread(layer: Layer) -> None:
             if other < 0 or not may_get(layer, expert, other_rank) or not may_get(layer, other, rank):
                 continue
             sinks = layer.weight[expert] / layer.replicas[expert] - layer.weight[other] / layer.replicas[other]
-            heavier = max(layer.load_of[rank] - sinks, layer.load_of[other_rank] + sinks)
+            heavier = max(
+                (layer.load_of[rank] - sinks) / layer.speeds[rank],
+                (layer.load_of[other_rank] + sinks) / layer.speeds[other_rank],
+            )
             if heavier < lightest:
                 best, lightest = other_slot, heavier
         if best >= 0:

@@ -4,7 +4,8 @@ With the shares of all other experts given, the best shares of one expert pour i
 the lightest until it is as heavy as the next one, then onto both. Doing that for one expert after the other
 lowers the sum of the squared rank loads each time, and the division at which that sum is least also has the lightest
 heaviest rank, since it is the most even one there is (the loads that can be reached form a base polytope). Experts
-take turns forwards and backwards, so that load can run through a chain of ranks in one sweep.
+take turns forwards and backwards, so that load can run through a chain of ranks in one sweep. A rank of twice the speed
+is a vessel of twice the width: what counts is how high the water stands, the load over the speed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Pools(NamedTuple):
         rank: (entries) int64 rank, ascending for each expert.
         amount: (entries) float64 load of the expert that the rank carries.
         load_of: (ranks) float64 load of each rank.
+        speeds: (ranks) float64 speed of each rank, and `slowness` one over it, since a division takes long.
     """
 
     experts: Int64Array
@@ -38,46 +40,46 @@ class Pools(NamedTuple):
     rank: Int64Array
     amount: Float64Array
     load_of: Float64Array
+    speeds: Float64Array
+    slowness: Float64Array
 
 
 @compiled
-def split_layers(load: Float64Array, rows: Int64Array, num_ranks: int) -> tuple[Float64Array, Float64Array]:
-    """Divide the load of every layer among its replicas, so that the heaviest rank of each is as light as can be.
+def split_layers(load: Float64Array, rows: Int64Array, speeds: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """Divide the load of every layer among its replicas, so that the slowest rank of each is as quick as can be.
 
     Args:
         load: (layers, experts) float64, 0 or more, C-contiguous.
         rows: (layers, slots) int64 expert of each slot, -1 where it is empty; every expert has a slot.
-        num_ranks: Ranks that share the slots.
+        speeds: (ranks) float64 above 0, speeds of the ranks that share the slots.
 
     Returns:
         (layers, slots) float64 share of its expert's load that each slot gets, summing to 1 over the slots of an
         expert, and (layers, ranks) float64 load of each rank.
     """
-    shares, loads = np.zeros(rows.shape), np.zeros((len(rows), num_ranks))
+    shares, loads = np.zeros(rows.shape), np.zeros((len(rows), len(speeds)))
     for layer in range(len(rows)):
-        pools = fill_pools(load[layer], rows[layer], num_ranks, 0.0)
+        pools = fill_pools(load[layer], rows[layer], speeds, 0.0)
         loads[layer] = pools.load_of
-        _share_out(load[layer], rows[layer], num_ranks, pools, shares[layer])
+        _share_out(load[layer], rows[layer], pools, shares[layer])
     return shares, loads
 
 
 @compiled
-def fill_pools(weight: Float64Array, expert_at: Int64Array, num_ranks: int, limit: float) -> Pools:
+def fill_pools(weight: Float64Array, expert_at: Int64Array, speeds: Float64Array, limit: float) -> Pools:
     """Find the ranks of all experts that have a choice, and fill them until no rank is above `limit` or all is settled.
 
     Args:
         weight: (experts) float64 load of each expert.
         expert_at: (slots) int64 expert of each slot, -1 where it is empty.
-        num_ranks: Ranks that share the slots.
-        limit: Load at which there is no need to go on.
+        speeds: (ranks) float64 speeds of the ranks that share the slots.
+        limit: Load of a rank of speed 1 at which there is no need to go on.
     """
-    pools = _make_pools(weight, expert_at, num_ranks)
+    pools = _make_pools(weight, expert_at, speeds)
     before = np.inf
     for sweep in range(_MOST_SWEEPS):
-        for turn in range(len(pools.experts)):
-            expert = pools.experts[turn if sweep % 2 == 0 else len(pools.experts) - 1 - turn]
-            _pour(pools, expert, weight[expert])
-        heaviest = pools.load_of.max()
+        _pour_all(pools, weight, sweep % 2 == 1)
+        heaviest = highest_of(pools)
         if heaviest <= limit:
             break
         if sweep % 2 == 1:
@@ -88,8 +90,18 @@ def fill_pools(weight: Float64Array, expert_at: Int64Array, num_ranks: int, limi
 
 
 @compiled
-def _make_pools(weight: Float64Array, expert_at: Int64Array, num_ranks: int) -> Pools:
+def highest_of(pools: Pools) -> float:
+    """Load over speed of the slowest rank."""
+    highest = 0.0
+    for rank in range(len(pools.load_of)):
+        highest = max(highest, pools.load_of[rank] * pools.slowness[rank])
+    return highest
+
+
+@compiled
+def _make_pools(weight: Float64Array, expert_at: Int64Array, speeds: Float64Array) -> Pools:
     """Put what has no choice onto its ranks, and list the ranks of what has."""
+    num_ranks = len(speeds)
     num_experts, num_local = len(weight), len(expert_at) // num_ranks
     num_on = np.zeros(num_experts, dtype=np.int64)
     last_rank = np.full(num_experts, -1, dtype=np.int64)
@@ -114,39 +126,42 @@ def _make_pools(weight: Float64Array, expert_at: Int64Array, num_ranks: int) -> 
             next_entry[expert] += 1
     choices = np.flatnonzero(num_on > 1)
     order = np.argsort(-weight[choices], kind="mergesort")
-    return Pools(choices[order], begin, rank_of, np.zeros(begin[-1]), load_of)
+    return Pools(choices[order], begin, rank_of, np.zeros(begin[-1]), load_of, speeds, 1.0 / speeds)
 
 
 @compiled
-def _pour(pools: Pools, expert: int, weight: float) -> None:
-    """Take an expert off its ranks and pour it on again, the lightest ranks first."""
-    first, end = pools.begin[expert], pools.begin[expert + 1]
-    for entry in range(first, end):
-        pools.load_of[pools.rank[entry]] -= pools.amount[entry]
-        pools.amount[entry] = -1.0  # not reached by the water yet
-    level, below, num_reached = 0.0, weight, 0
-    while num_reached < end - first:
-        lightest = -1
-        for entry in range(first, end):
-            is_dry = pools.amount[entry] < 0.0
-            if is_dry and (lightest < 0 or pools.load_of[pools.rank[entry]] < pools.load_of[pools.rank[lightest]]):
-                lightest = entry
-        load = pools.load_of[pools.rank[lightest]]
-        if num_reached and load >= level:
-            break
-        pools.amount[lightest] = 0.0
-        num_reached += 1
-        below += load
-        level = below / num_reached
-    for entry in range(first, end):
-        load = pools.load_of[pools.rank[entry]]
-        pools.amount[entry] = max(level - load, 0.0) if pools.amount[entry] == 0.0 else 0.0
-        pools.load_of[pools.rank[entry]] = load + pools.amount[entry]
+def _pour_all(pools: Pools, weight: Float64Array, is_backwards: bool) -> None:
+    """Take one expert after the other off its ranks and pour it on again, the lightest ranks first."""
+    rank_of, amount, load_of = pools.rank, pools.amount, pools.load_of
+    for turn in range(len(pools.experts)):
+        expert = pools.experts[len(pools.experts) - 1 - turn if is_backwards else turn]
+        entries = range(pools.begin[expert], pools.begin[expert + 1])
+        for entry in entries:
+            load_of[rank_of[entry]] -= amount[entry]
+            amount[entry] = -1.0  # not reached by the water yet
+        level, below, width = 0.0, weight[expert], 0.0
+        for _ in entries:
+            lightest, lowest = -1, np.inf
+            for entry in entries:
+                height = load_of[rank_of[entry]] * pools.slowness[rank_of[entry]]
+                if amount[entry] < 0.0 and height < lowest:
+                    lightest, lowest = entry, height
+            if width > 0.0 and lowest >= level:
+                break
+            amount[lightest] = 0.0
+            width += pools.speeds[rank_of[lightest]]
+            below += load_of[rank_of[lightest]]
+            level = below / width
+        for entry in entries:
+            rank = rank_of[entry]
+            amount[entry] = max(level * pools.speeds[rank] - load_of[rank], 0.0) if amount[entry] == 0.0 else 0.0
+            load_of[rank] += amount[entry]
 
 
 @compiled
-def _share_out(weight: Float64Array, expert_at: Int64Array, num_ranks: int, pools: Pools, shares: Float64Array) -> None:
+def _share_out(weight: Float64Array, expert_at: Int64Array, pools: Pools, shares: Float64Array) -> None:
     """Turn what each rank carries of an expert into the share of each slot; equal ones on a rank, and without load."""
+    num_ranks = len(pools.load_of)
     num_experts, num_local = len(weight), len(expert_at) // num_ranks
     replicas = np.zeros(num_experts, dtype=np.int64)
     num_on = np.zeros((num_experts, num_ranks), dtype=np.int16)

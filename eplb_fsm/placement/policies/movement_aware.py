@@ -15,7 +15,7 @@ from eplb_fsm.errors import ConfigError
 from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.moves import BoolArray
 from eplb_fsm.placement.placement import Placement
-from eplb_fsm.placement.policies.deepseek import is_hierarchical, rebalance_experts
+from eplb_fsm.placement.policies.anew import grouping, place_anew
 from eplb_fsm.placement.topology import Topology
 from eplb_fsm.placement.validate import Float64Array
 
@@ -37,6 +37,7 @@ class MovementAwarePolicy:
 
     name = "movement_aware"
     deterministic = True
+    minds_speeds = True
 
     def __init__(self, target_balancedness: float = DEFAULT_TARGET_BALANCEDNESS, replica_split: str = "equal") -> None:
         if not 0.0 < target_balancedness <= 1.0:
@@ -54,15 +55,25 @@ class MovementAwarePolicy:
         """Repair the current placement; arguments and result as in `RebalancePolicy.plan`.
 
         Expert groups stay on their nodes where DeepSeek's method would keep them there.
+
+        Raises:
+            ConfigError: the ranks that may hold experts have too few slots.
         """
+        from eplb_fsm.placement.kernels.match import match_ranks  # here: only who plans needs a compiler
+        from eplb_fsm.placement.kernels.vacate import vacate_layers
+
         load = np.ascontiguousarray(load, dtype=np.float64)
         start = current.physical_to_logical_map.copy()  # a read-only array is another type, to be compiled for again
-        groups = topology if is_hierarchical(current.num_logical_experts, topology) else Topology(topology.num_ranks)
+        groups = grouping(current, topology)
         rows = start.copy()
+        if not topology.may_hold.all():
+            vacate_layers(load, rows, topology.may_hold)
         is_good, balance = self._repair(load, start, rows, groups, topology, is_new=False)
         missed = np.flatnonzero(~is_good)
         if len(missed):
-            others = self._replan(load[missed], start[missed], current, groups)
+            others = place_anew(load[missed], current.num_physical_experts, groups)
+            kind = topology.may_hold.astype(np.float64)
+            match_ranks(start[missed], others, kind, groups.num_nodes, current.num_logical_experts)
             _, other_balance = self._repair(load[missed], start[missed], others, groups, topology, is_new=True)
             better = other_balance > balance[missed]
             rows[missed[better]] = others[better]
@@ -85,7 +96,8 @@ class MovementAwarePolicy:
             load,
             start,
             rows,
-            topology.num_ranks,
+            topology.counted_speeds,
+            topology.may_hold,
             groups.ranks_per_node,
             topology.ranks_per_node,
             topology.cross_node_price,
@@ -94,11 +106,3 @@ class MovementAwarePolicy:
             is_new,
             self._is_weighted,
         )
-
-    @staticmethod
-    def _replan(load: Float64Array, start: Int64Array, current: Placement, topology: Topology) -> Int64Array:
-        from eplb_fsm.placement.kernels.match import match_ranks
-
-        rows = rebalance_experts(load, current.num_physical_experts, topology)
-        match_ranks(start, rows, topology.num_ranks, topology.num_nodes, current.num_logical_experts)
-        return rows

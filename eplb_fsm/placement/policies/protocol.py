@@ -17,7 +17,8 @@ class RebalancePolicy(Protocol):
     called again after it raised; an exception aborts the epoch and nothing else.
 
     A policy that has something to compile or to load may have a method `warm_up()` without arguments; a planner calls
-    it once, before the first plan.
+    it once, before the first plan. One that gives slower ranks less, and ranks of speed 0 nothing, says so by an
+    attribute `minds_speeds`; all others are taken to place as if all ranks were alike.
 
     Attributes:
         name: The name by which the configuration chooses it.
@@ -41,9 +42,14 @@ class RebalancePolicy(Protocol):
         Args:
             load: (num_moe_layers, num_logical_experts) float64, summed over the ranks, 0 or more.
             current: The live placement.
-            topology: Ranks, nodes and expert groups.
+            topology: Ranks with their speeds, nodes and expert groups.
 
         Returns:
             A placement of the shape of `current`. The order of the slots within a rank has no meaning.
         """
         ...
+
+
+def minds_speeds(policy: RebalancePolicy) -> bool:
+    """Whether a policy gives slower ranks less."""
+    return bool(getattr(policy, "minds_speeds", False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from instances import placements
@@ -76,6 +76,25 @@ def test_layers_are_planned_alone(problem: tuple[Placement, np.ndarray], target:
         one = Placement([row], current.num_logical_experts, current.num_ranks)
         alone = movement_aware(target).plan(load[layer : layer + 1], one, topology)
         assert alone.physical_to_logical_map[0].tolist() == together.physical_to_logical_map[layer].tolist()
+
+
+@given(problems(), TARGETS, st.data())
+def test_no_layer_is_slower_than_it_must_be(
+    problem: tuple[Placement, np.ndarray], target: float, data: st.DataObject
+) -> None:
+    """Ranks that are to hold nothing are empty; a layer that misses the target is as balanced by time as before."""
+    current, load = problem
+    speed = st.sampled_from([0.0, 0.05, 0.5, 1.0, 1.0, 3.0])
+    speeds = data.draw(st.lists(speed, min_size=current.num_ranks, max_size=current.num_ranks))
+    assume(sum(map(bool, speeds)) * current.num_local_physical_experts >= current.num_logical_experts)
+    topology = Topology(current.num_ranks, speeds=tuple(speeds))
+    planned = movement_aware(target).plan(load, current, topology)
+    rows = planned.physical_to_logical_map.reshape(len(load), current.num_ranks, -1)
+    assert (rows[:, ~topology.may_hold] == -1).all()
+    before, after = (balancedness(load, placement, topology.counted_speeds) for placement in (current, planned))
+    if topology.may_hold.all():
+        assert (after >= np.minimum(target, before) * (1.0 - SMALL)).all()
+    assert movement_aware(target).plan(load, planned, topology) == planned or (after < target).any()
 
 
 @given(problems())

@@ -20,7 +20,7 @@ LOAD = np.array([[4.0, 4, 1, 1], [9, 9, 1, 1], [1, 4, 4, 1], [5, 5, 1, 1]])
 
 def _moved(max_bytes: int, row_bytes: tuple[int, ...] = (10, 10, 10, 10)) -> list[int]:
     shapes, targets = [BankShape("experts", row_bytes)], [TARGET]
-    worth = worth_of_layers([LOAD], [CURRENT], targets, shapes, Thresholds(0.0), None)
+    worth = worth_of_layers([LOAD], [CURRENT], targets, shapes, Thresholds(0.0), None, Topology(2))
     assert worth.num_bytes.sum() == 2 * sum(row_bytes[:3])
     (placed,) = within_budget(worth, [CURRENT], targets, max_bytes, must_pay=False)
     return np.flatnonzero(peer_moves_of_layers(CURRENT, placed)).tolist()
@@ -46,7 +46,7 @@ def test_banks_share_the_budget() -> None:
     one, other = LOAD[:1], LOAD[1:2]
     first, second = Placement([[0, 1, 2, 3]], 4, 2), Placement([[0, 2, 1, 3]], 4, 2)
     shapes = [BankShape("target", (10,)), BankShape("draft", (10,))]
-    worth = worth_of_layers([one, other], [first] * 2, [second] * 2, shapes, Thresholds(0.0), None)
+    worth = worth_of_layers([one, other], [first] * 2, [second] * 2, shapes, Thresholds(0.0), None, Topology(2))
     assert within_budget(worth, [first] * 2, [second] * 2, 20, must_pay=False) == [first, second]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,6 +192,21 @@ def test_a_kernel_that_cannot_be_cached_is_compiled() -> None:
     namespace: dict[str, Any] = {}
     exec("def double(number): return 2 * number", namespace)
     assert compiled(namespace["double"])(21) == 42
+
+
+def test_kept_machine_code_ends_with_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of any kernel is a change of all, since the code of one is compiled into those that call it."""
+    pytest.importorskip("numba")
+    (tmp_path / "doubling.py").write_text("def double(number): return 2 * number", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    double = importlib.import_module("doubling").double
+    loaded = []
+    for sources in ("old", "old", "new"):
+        monkeypatch.setattr("eplb_fsm.placement.kernels.compiled._SOURCES", sources)
+        kernel: Any = compiled(double)
+        assert kernel(21) == 42
+        loaded.append(len(kernel.stats.cache_hits))
+    assert loaded == [0, 1, 0]
 
 
 def test_is_near_the_fewest_moves() -> None:

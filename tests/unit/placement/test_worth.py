@@ -36,14 +36,16 @@ def _moved(plan: Plan) -> list[int]:
 
 def test_saved_and_taken_by_hand() -> None:
     """1000 steps of 31 ms, half of it for experts: 1 of the load is worth 0.5 s, less what passes until it is there."""
-    worth = worth_of_layers([LOAD], [CURRENT], [TARGET], SHAPES, THRESHOLDS, _costs(0.01))
+    worth = worth_of_layers([LOAD], [CURRENT], [TARGET], SHAPES, THRESHOLDS, _costs(0.01), Topology(2))
     assert worth.num_bytes.tolist() == [20, 20, 20]
     assert worth.saved_share == pytest.approx(np.array([3, 8, 0]) / 31)
     assert worth.saved_s == pytest.approx([1.5, 4.0, 0.0])
     assert worth.cost_s == pytest.approx([0.2, 0.2, 0.2])
-    slow = worth_of_layers([LOAD], [CURRENT], [TARGET], SHAPES, THRESHOLDS, _costs(0.01, bytes_per_s=60 / 15.5))
+    slow = worth_of_layers(
+        [LOAD], [CURRENT], [TARGET], SHAPES, THRESHOLDS, _costs(0.01, bytes_per_s=60 / 15.5), Topology(2)
+    )
     assert slow.saved_s == pytest.approx([0.75, 2.0, 0.0])  # 60 bytes take 15.5 s, half of the horizon
-    doubted = worth_of_layers([LOAD], [CURRENT], [TARGET], SHAPES, THRESHOLDS, _costs(0.01, trust=0.25))
+    doubted = worth_of_layers([LOAD], [CURRENT], [TARGET], SHAPES, THRESHOLDS, _costs(0.01, trust=0.25), Topology(2))
     assert doubted.saved_s == pytest.approx([0.375, 1.0, 0.0])
 
 
@@ -88,12 +90,44 @@ def test_a_bank_of_larger_experts_weighs_more() -> None:
     one = [np.array([[4.0, 4, 1, 1]])] * 2
     before, after = Placement([[0, 1, 2, 3]], 4, 2), Placement([[0, 2, 1, 3]], 4, 2)
     shapes = [BankShape("target", (100,)), BankShape("draft", (10,))]
-    worth = worth_of_layers(one, [before] * 2, [after] * 2, shapes, THRESHOLDS, _costs(0.0))
+    worth = worth_of_layers(one, [before] * 2, [after] * 2, shapes, THRESHOLDS, _costs(0.0), Topology(2))
     assert worth.saved_share == pytest.approx([300 / 880, 30 / 880])
 
 
 def test_without_any_load_nothing_is_saved() -> None:
     """No division by nothing."""
-    worth = worth_of_layers([np.zeros((3, 4))], [CURRENT], [TARGET], SHAPES, THRESHOLDS, _costs(0.01))
+    worth = worth_of_layers([np.zeros((3, 4))], [CURRENT], [TARGET], SHAPES, THRESHOLDS, _costs(0.01), Topology(2))
     assert not worth.saved_s.any()
     assert not worth.pays.any()
+
+
+def test_layers_share_what_bytes_take_by_where_they_come_from() -> None:
+    """Layer 0 swaps within a node, layer 1 between two; a byte from another node counts three times as much."""
+    current = Placement([[0, 1, 2, 3]] * 2, 4, 4)
+    target = Placement([[1, 0, 2, 3], [2, 1, 0, 3]], 4, 4)
+    load, shapes = np.array([[4.0, 3, 2, 1]] * 2), [BankShape("experts", (10, 10))]
+    nodes = Topology(4, 2, cross_node_price=3.0)
+    worth = worth_of_layers([load], [current], [target], shapes, THRESHOLDS, _costs(0.01), nodes)
+    assert worth.num_bytes.tolist() == [20, 20]
+    assert worth.price.tolist() == [20, 60]
+    assert worth.cost_s == pytest.approx([0.1, 0.3])  # 40 bytes take 0.4 s, as measured
+    assert worth_of_layers(
+        [load], [current], [target], shapes, THRESHOLDS, _costs(0.01), Topology(4)
+    ).cost_s == pytest.approx([0.2, 0.2])
+
+
+def test_of_two_layers_that_save_the_same_the_one_without_other_nodes_goes_first() -> None:
+    """Within a budget for one of them."""
+    current = Placement([[0, 1, 2, 3, 4, 5, 6, 7]] * 2, 8, 4)
+    target = Placement([[0, 5, 2, 3, 4, 1, 6, 7], [0, 3, 2, 1, 4, 5, 6, 7]], 8, 4)
+    load = np.array([[9.0, 9, 1, 1, 1, 1, 1, 1]] * 2)
+    plan = make_plan(
+        Fixed(target),
+        [load],
+        [current],
+        Topology(4, 2, cross_node_price=2.0),
+        [BankShape("experts", (10, 10))],
+        Budget(100, 2, 20),
+        Thresholds(0.0),
+    )
+    assert np.flatnonzero(peer_moves_of_layers(current, plan.banks[0])).tolist() == [1]

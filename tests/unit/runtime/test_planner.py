@@ -18,7 +18,7 @@ from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.placement import Placement, Thresholds, Topology
 from eplb_fsm.placement.shapes import BankShape, Budget
-from eplb_fsm.placement.task import PlanTask
+from eplb_fsm.placement.task import PlanRequest, PlanTask
 from eplb_fsm.runtime.planner import InlinePlanner, Planner, ProcessPlanner
 from eplb_fsm.runtime.worker import WorkError
 from tests.dist.policies import MARKER
@@ -32,7 +32,7 @@ def _task(policy: str) -> PlanTask:
 
 
 def _plan(planner: Planner) -> object:
-    planner.submit([_LOAD], [_CURRENT], None).wait(10)
+    planner.submit(PlanRequest([_LOAD], [_CURRENT])).wait(10)
     return planner.result()
 
 
@@ -50,7 +50,7 @@ def test_both_planners_make_the_same_plan_and_leave_no_descriptor() -> None:
     planner.close()
     assert _num_open_files() == before
     with pytest.raises(WorkError, match="it was closed"):
-        planner.submit([_LOAD], [_CURRENT], None)
+        planner.submit(PlanRequest([_LOAD], [_CURRENT]))
 
 
 def test_a_planner_warms_its_policy_up() -> None:
@@ -65,7 +65,7 @@ def test_a_planner_warms_its_policy_up() -> None:
 def test_the_target_reaches_the_policy() -> None:
     """With a target that the placement reaches nothing moves; with a higher one something does."""
     skipped, moving = (
-        replace(_task("movement_aware"), target_balancedness=target).plan([_LOAD], [_CURRENT], None)
+        replace(_task("movement_aware"), target_balancedness=target).plan(PlanRequest([_LOAD], [_CURRENT]))
         for target in (0.1, 0.99)
     )
     assert "already where the policy wants it" in _task("movement_aware").decode(skipped, (_CURRENT,)).skip_reason
@@ -138,9 +138,9 @@ def test_a_child_that_does_not_answer_is_an_error() -> None:
 _PARENT = """
 import sys
 sys.path[:0] = {path!r}
-from tests.unit.runtime.test_planner import ProcessPlanner, _CURRENT, _LOAD, _task
+from tests.unit.runtime.test_planner import PlanRequest, ProcessPlanner, _CURRENT, _LOAD, _task
 planner = ProcessPlanner(_task("tests.dist.policies:Marked"), start_timeout_s=100, plan_timeout_s=60)
-planner.submit([_LOAD], [_CURRENT], None)
+planner.submit(PlanRequest([_LOAD], [_CURRENT]))
 print(planner._process.pid, flush=True)
 sys.stdin.read()
 """
