@@ -157,7 +157,7 @@ def _transfer_fails(link: RankLink) -> list[str]:
     writer = FaultyMapWriter(link.world_size)
     loop = DecodeLoop(link, store=store, connect={"transport": transport, "map_writer": writer})
     fsm = loop.fsm
-    fsm.maps = lambda bank=0: writer.maps[bank]  # type: ignore[method-assign]
+    fsm._parts.own_maps = writer  # type: ignore[assignment]
     with fsm:
         fsm.arm()
         transport.damages = link.rank == 1
@@ -227,7 +227,7 @@ def _worker_dies(link: RankLink) -> list[Any]:
     writer = FaultyMapWriter(link.world_size)
     loop = DecodeLoop(link, connect={"map_writer": writer})
     fsm = loop.fsm
-    fsm.maps = lambda bank=0: writer.maps[bank]  # type: ignore[method-assign]
+    fsm._parts.own_maps = writer  # type: ignore[assignment]
     if link.rank == 1:
         writer.before_prepare = fail(SystemExit("this test ended the worker"))
     with fsm:
@@ -249,7 +249,7 @@ def _promise_broken(link: RankLink, how: str) -> list[Any]:
     options = {"slot": {"integrity": "slot"}, "shares": {"replica_split": "weighted"}}.get(how, {})
     loop = DecodeLoop(link, lockstep=False, connect={"map_writer": writer}, **SHORT, **options)
     fsm = loop.fsm
-    fsm.maps = lambda bank=0: writer.maps[bank]  # type: ignore[method-assign]
+    fsm._parts.own_maps = writer  # type: ignore[assignment]
     if link.rank == 1:
         loop.engines[0].forward = lambda *args: None  # type: ignore[method-assign]  # it would see the damage first
         if how in ("commit", "shares"):
