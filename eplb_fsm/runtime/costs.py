@@ -1,18 +1,14 @@
-"""What each rank knows and the planner needs: costs of moving, and speeds; summed with the load, the same for all."""
+"""What moving experts takes from the decode loop: measured on each rank, summed with the load, the same for all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from eplb_fsm.config import RebalanceConfig
-from eplb_fsm.placement.task import Speeds
 from eplb_fsm.placement.worth import Costs
 
 _FIRST_BYTES_PER_S = 1e9
 """What a rank is taken to move in a second before any epoch was measured; about what 10-gigabit Ethernet carries."""
-_SPEED_UNITS = 1_000_000
-"""Speeds travel as so many parts of 1."""
 _LEAST_SLOWDOWN = 0.01
 """Of the loop while bytes move, before any epoch was measured."""
 
@@ -33,12 +29,11 @@ class Measured(NamedTuple):
     lost_ns: int = 0
 
 
-def costs_of(sums: Sequence[int], num_ranks: int, config: RebalanceConfig, trust: float) -> Costs | None:
+def costs_of(total: Measured, num_ranks: int, config: RebalanceConfig, trust: float) -> Costs | None:
     """Return what the planner needs to know, from the sums of all ranks' :class:`Measured`.
 
     None where no layer has to pay: by the configuration, or since no step was measured yet.
     """
-    total = Measured(*sums)
     if not config.horizon_steps or not total.step_ns:
         return None
     step_s = total.step_ns / num_ranks / 1e9
@@ -48,17 +43,3 @@ def costs_of(sums: Sequence[int], num_ranks: int, config: RebalanceConfig, trust
     bytes_per_s = num_ranks * min(_FIRST_BYTES_PER_S, config.max_transfer_mb_s * 1e6 or _FIRST_BYTES_PER_S)
     slowdown = 1.0 if config.mode == "sync" else max(_LEAST_SLOWDOWN, config.max_slowdown)
     return Costs(step_s, bytes_per_s, slowdown / bytes_per_s, trust)
-
-
-def speed_words(speed: float, rank: int, num_ranks: int) -> list[int]:
-    """Return one word for each rank, 0 but for this rank's, so that the sum over the ranks holds all speeds."""
-    words = [0] * num_ranks
-    words[rank] = round(speed * _SPEED_UNITS)
-    return words
-
-
-def speeds_of(sums: Sequence[int]) -> Speeds:
-    """Return the speeds of all ranks from the sums of :func:`speed_words`; empty where all are alike."""
-    if len(set(sums)) == 1 and sums[0]:
-        return ()
-    return tuple(word / _SPEED_UNITS for word in sums)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,11 +16,12 @@ from eplb_fsm.placement.estimate import LoadEstimator
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Chunk, Plan
 from eplb_fsm.placement.task import EncodedPlan, Load, PlanRequest, PlanTask
-from eplb_fsm.runtime.costs import Measured, costs_of, speed_words, speeds_of
+from eplb_fsm.runtime.costs import Measured, costs_of
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.planner import Planner
 from eplb_fsm.runtime.staging import CommitProgram, IntegrityError, StagingArea
+from eplb_fsm.runtime.sums import SumVector
 from eplb_fsm.runtime.tables import Tables
 from eplb_fsm.runtime.transport import Transport
 from eplb_fsm.runtime.worker import (
@@ -99,31 +99,33 @@ class Jobs:
         return Job(epoch, AbortReason.WORKER_ERROR, self._verify(program, committed), self._wait_limit_s)
 
     @property
+    def _vector(self) -> SumVector:
+        num_nodes = self.task.topology.num_nodes if self.tables.is_weighted else 1
+        return SumVector(self.domain.rank, self.domain.world_size, num_nodes)
+
+    @property
     def _wait_limit_s(self) -> float:
         return self.config.transfer_timeout_s + self.config.plan_timeout_s
 
     def _make_plan(self, epoch: int, brought: PlanInput) -> Iterator[Pending]:
         snapshots, taken, current, measured, speed, trust, unmoved = brought
         yield taken
-        parts = [snapshot.reshape(-1).to("cpu", torch.int64) for snapshot in snapshots]
-        words = [*measured, *speed_words(speed, self.domain.rank, self.domain.world_size)]
-        total = torch.cat([*parts, torch.tensor(words, dtype=torch.int64)])
+        total = self._vector.pack(snapshots, measured, speed)
         yield self.transport.all_reduce_sum(total)
         self.mailbox.put(LoadCollected(epoch))
         yield self.pace.breathe()
-        window = self._split(total.numpy(), current)
-        seen = self._see(window, current, unmoved)
-        loads = self.estimator.update(window)
-        sums = total[-len(words) :].tolist()
-        costs = costs_of(sums[: len(measured)], self.domain.world_size, self.config, trust)
-        request = PlanRequest(loads, current, costs, speeds_of(sums[len(measured) :]))
+        sums = self._vector.unpack(total, current)
+        seen = self._see(sums.window, current, unmoved)
+        loads = self.estimator.update(sums.window)
+        costs = costs_of(sums.measured, self.domain.world_size, self.config, trust)
+        request = PlanRequest(loads, current, costs, sums.speeds)
         if self.config.plan_source == "every_rank":
             encoded = yield from self._compute(request)
         else:
             encoded = yield from self._receive_plan(request)
         yield self.pace.breathe()
         plan = self.task.decode(encoded, current)
-        self.tables.follow(loads, self.task.topology_with(request.speeds).counted_speeds)
+        self.tables.follow(loads, self.task.topology_with(sums.speeds).counted_speeds, sums.of_nodes)
         self.mailbox.put(PlanReady(epoch, plan, self.tables.prepare_shares(current), seen))
 
     def _see(
@@ -132,15 +134,6 @@ class Jobs:
         if unmoved is None or not any(load.any() for load in window):
             return None
         return Seen(self.tables.balancedness(window, live), self.tables.balancedness(window, unmoved))
-
-    @staticmethod
-    def _split(total: Load, current: Sequence[Placement]) -> list[Load]:
-        loads, start = [], 0
-        for placement in current:
-            shape = (placement.num_moe_layers, placement.num_logical_experts)
-            loads.append(total[start : start + math.prod(shape)].reshape(shape))
-            start += math.prod(shape)
-        return loads
 
     def _compute(self, request: PlanRequest) -> Generator[Pending, None, EncodedPlan]:
         assert self.planner is not None

@@ -193,7 +193,7 @@ def assemble(
         task=task,
         transport=links.transport,
         staging=staging,
-        tables=Tables(map_writer, is_weighted=is_weighted),
+        tables=Tables(map_writer, is_weighted=is_weighted, node=domain.rank // task.topology.ranks_per_node),
         planner=planner,
         pace=pace,
         mailbox=mailbox,

@@ -71,3 +71,20 @@ def test_an_epoch_that_moves_nothing_still_brings_shares() -> None:
     after = [entries(rank.maps) for rank in run.ranks]
     assert all(old != new for old, new in zip(before, after, strict=True))
     assert after[0] == after[1] == after[2]
+
+
+def test_ranks_of_two_nodes_take_replicas_of_their_own() -> None:
+    """Each expert has a slot on both nodes, and both ask for it: no table names a slot of the other node."""
+    options = config(
+        policy="movement_aware", replica_split="weighted", num_redundant_experts=4, num_nodes=2, min_gain=0.9
+    )
+    run = Recorded(4, options=options, shape=shape(4, num_logical_experts=4, num_physical_experts=8))
+    while not all(rank.fsm.outcomes for rank in run.ranks):
+        run.cluster.act()
+        for rank in run.ranks:
+            for layer in range(2):
+                rank.fsm.record(layer, torch.tensor([[0], [1], [2], [3]]))
+    for rank in run.ranks:
+        own_half = range(4) if rank.rank < 2 else range(4, 8)
+        assert {slot for _, _, slots in entries(rank.maps) for slot in slots} == set(own_half)
+    run.check()

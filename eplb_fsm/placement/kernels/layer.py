@@ -144,19 +144,19 @@ def heaviest_of(layer: Layer) -> float:
 
 
 @compiled
-def look_ahead(layer: Layer, limit: float) -> None:
-    """Fill the prospect of every expert.
+def look_ahead(layer: Layer, experts: Int64Array, limit: float) -> None:
+    """Fill the prospect of some experts.
 
-    With one replica more, each of its slots carries `SINKS` less than its `SHARE`: that takes `SINK_GAIN` of the
-    excess away, and `SINK_EVENNESS` of the squared loads. With one less, each carries `RISES` more, which would add
+    With one replica more, each of an expert's slots carries `SINKS` less than its `SHARE`: that takes `SINK_GAIN` of
+    the excess away, and `SINK_EVENNESS` of the squared loads. With one less, each carries `RISES` more, which would add
     `RISE_LOSS` to the excess and `RISE_EVENNESS` to the squared loads if all slots stayed.
     """
-    weight, replicas, slots_of, load_of = layer.weight, layer.replicas, layer.slots_of, layer.load_of
-    for expert in range(len(weight)):
-        count = replicas[expert]
-        share = weight[expert] / count
-        sinks = share - weight[expert] / (count + 1)
-        rises = weight[expert] / (count - 1) - share if count > 1 else 0.0
+    replicas, slots_of, load_of = layer.replicas, layer.slots_of, layer.load_of
+    for expert in experts:
+        weight, count = layer.weight[expert], replicas[expert]
+        share = weight / count
+        sinks = share - weight / (count + 1)
+        rises = weight / (count - 1) - share if count > 1 else 0.0
         gain, loss, sink_evenness, rise_evenness = 0.0, 0.0, 0.0, 0.0
         for index in range(count):
             rank = layer.rank_of[slots_of[expert, index]]
@@ -173,6 +173,36 @@ def look_ahead(layer: Layer, limit: float) -> None:
         layer.prospect[RISES, expert] = rises
         layer.prospect[RISE_LOSS, expert] = loss
         layer.prospect[RISE_EVENNESS, expert] = rise_evenness
+
+
+@compiled
+def look_again(layer: Layer, one: int, other: int, limit: float) -> None:
+    """After a change of where two experts are, bring up to date what depends on it: shares, loads and prospects.
+
+    What comes out is the same to the last bit as from :func:`sum_loads` and :func:`look_ahead`.
+
+    Args:
+        layer: The layer.
+        one: An expert.
+        other: The other one; -1: there is none.
+        limit: As before.
+    """
+    num_local = len(layer.expert_at) // len(layer.load_of)
+    is_stale = np.zeros(len(layer.load_of), dtype=np.bool_)
+    for expert in (one, other):
+        for index in range(layer.replicas[expert] if expert >= 0 else 0):
+            slot = layer.slots_of[expert, index]
+            layer.share_at[slot] = layer.weight[expert] / layer.replicas[expert]
+            is_stale[layer.rank_of[slot]] = True
+    stale = np.flatnonzero(is_stale)
+    held = np.empty(len(stale) * num_local, dtype=np.int64)
+    for index in range(len(stale)):
+        first = stale[index] * num_local
+        layer.load_of[stale[index]] = layer.base_of[stale[index]]
+        for slot in range(first, first + num_local):
+            layer.load_of[stale[index]] += layer.share_at[slot]
+        held[index * num_local : (index + 1) * num_local] = layer.expert_at[first : first + num_local]
+    look_ahead(layer, held[held >= 0], limit)
 
 
 @compiled

@@ -30,6 +30,7 @@ from eplb_fsm.placement.kernels.layer import (
     SINKS,
     Layer,
     heaviest_of,
+    look_again,
     look_ahead,
     make_layer,
     may_get,
@@ -141,7 +142,9 @@ def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> 
     lightest, row = _heaviest(layer, limit, is_weighted), layer.expert_at.copy()
     if lightest <= _with_rounding(limit):
         return lightest
-    _replicate_the_hottest(layer, limit)
+    everything = np.arange(len(layer.weight))
+    _replicate_the_hottest(layer, everything, limit)
+    look_ahead(layer, everything, limit)
     for _ in range(max_changes):
         heaviest = _heaviest(layer, limit, is_weighted)
         if heaviest < lightest:
@@ -152,7 +155,7 @@ def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> 
         best = _best_change(layer, limit)
         if best.slot < 0:
             break
-        _apply(layer, best)
+        look_again(layer, best.expert, _apply(layer, best), limit)
     layer.expert_at[:] = row
     return lightest
 
@@ -172,14 +175,14 @@ def _with_rounding(limit: float) -> float:
 
 
 @compiled
-def _replicate_the_hottest(layer: Layer, limit: float) -> None:
+def _replicate_the_hottest(layer: Layer, everything: Int64Array, limit: float) -> None:
     """Give experts of which one replica alone is more than the limit the replicas that they need, whatever it costs.
 
     One change at a time would never do it: where such a replica arrives, a rank is too heavy at first.
     """
     for expert in range(len(layer.weight)):
         while layer.weight[expert] > limit * layer.replicas[expert]:
-            look_ahead(layer, limit)
+            look_ahead(layer, everything, limit)
             best, lightest = -1, np.inf
             for slot in range(len(layer.expert_at)):
                 old, rank = layer.expert_at[slot], layer.rank_of[slot]
@@ -201,7 +204,6 @@ def _replicate_the_hottest(layer: Layer, limit: float) -> None:
 @compiled
 def _best_change(layer: Layer, limit: float) -> Change:
     """Return the best change for the heaviest rank; where none helps it, for the heaviest one that can be helped."""
-    look_ahead(layer, limit)
     best = Change(-1, -1, -1, 0.0, 0.0)
     below = np.inf
     while best.slot < 0:
@@ -327,12 +329,13 @@ def _is_better(score: float, evenness: float, best_score: float, best_evenness: 
 
 
 @compiled
-def _apply(layer: Layer, change: Change) -> None:
-    old = layer.expert_at[change.slot]
+def _apply(layer: Layer, change: Change) -> int:
+    """Make a change; loads and prospects do not follow yet. Returns the expert that was in its slot, -1 for none."""
+    old = int(layer.expert_at[change.slot])
     put(layer, change.slot, change.expert)
     if change.other >= 0:
         put(layer, change.other, old)
-    sum_loads(layer)
+    return old
 
 
 @compiled
@@ -359,3 +362,4 @@ def spread(layer: Layer) -> None:
                 best, lightest = other_slot, heavier
         if best >= 0:
             _apply(layer, Change(slot, best, layer.expert_at[best], 0.0, 0.0))
+            sum_loads(layer)

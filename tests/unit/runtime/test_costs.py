@@ -46,7 +46,7 @@ def test_a_sync_epoch_loses_all_its_time_and_is_no_step_like_others() -> None:
 def test_costs_are_means_over_the_ranks() -> None:
     """Two ranks, one of which lost more."""
     ranks = [Measured(10_000_000, 1000, 200_000_000, 30_000_000), Measured(30_000_000, 1000, 300_000_000, 10_000_000)]
-    costs = costs_of([sum(words) for words in zip(*ranks, strict=True)], 2, CONFIG, 0.75)
+    costs = costs_of(Measured(*(sum(words) for words in zip(*ranks, strict=True))), 2, CONFIG, 0.75)
     assert costs is not None
     assert costs.step_s == pytest.approx(0.02)
     assert costs.bytes_per_s == pytest.approx(1000 / 0.25)
