@@ -105,8 +105,8 @@ class RebalanceConfig:
     """Steps of load that a plan is made from (vLLM's default), rounded up to whole idle rounds."""
     replica_split: Literal["equal", "weighted"] = "equal"
     """How an expert's tokens are divided among its replicas. ``weighted``: so that the heaviest rank is as light as the
-    placement allows, by the last plan's load; then a layer moves only if that is not enough. On several nodes a rank takes
-    the replicas of its own node first."""
+    placement allows, by the last plan's load; then a layer moves only if that is not enough. On several nodes a rank
+    takes the replicas of its own node first."""
     load_phases: Literal["together", "decode", "prefill"] = "together"
     """Which tokens count, where the engine says which are of prompts: all, or those of one phase."""
     load_decay: float | Literal["auto"] = "auto"

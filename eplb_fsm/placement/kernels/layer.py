@@ -23,9 +23,9 @@ class Layer(NamedTuple):
         replicas: (experts) int64 slots of each expert.
         slots_of: (experts, most replicas) int64 those slots; the first `replicas` entries of a row count.
         num_on: (experts, ranks) int16 slots of an expert on a rank.
-        price: (experts, ranks) float64 what it costs to have the expert there: 0 if the rank held it at the start, 1 if
-            another one of its node did, else the price of a move between nodes.
-        may_be_on: (experts, ranks) bool, whether it may hold it.
+        standing: (experts, ranks) uint8 what is known of an expert on a rank: where it was at the start, `HELD` there,
+            `NEAR` on the rank's node, or `FAR`; plus `ON` if the rank has it, plus `BARRED` if it may not.
+        price_of: (4) float64 what a move counts by where the expert was.
         speeds: (ranks) float64 speed of each rank.
         base_of: (ranks) float64 what a rank carries more than one of speed 1 could, see :func:`set_limit`.
         load_of: (ranks) float64 load of each rank, `base_of` included.
@@ -39,8 +39,8 @@ class Layer(NamedTuple):
     replicas: Int64Array
     slots_of: Int64Array
     num_on: npt.NDArray[np.int16]
-    price: Float64Array
-    may_be_on: BoolArray
+    standing: npt.NDArray[np.uint8]
+    price_of: Float64Array
     speeds: Float64Array
     base_of: Float64Array
     load_of: Float64Array
@@ -48,6 +48,9 @@ class Layer(NamedTuple):
     prospect: Float64Array
 
 
+HELD, NEAR, FAR, ON, BARRED, FROM = 0, 1, 2, 4, 8, 3
+"""Of `Layer.standing`, the first three under the mask `FROM`. All that is known of an expert on a rank is one byte, so
+that it stays in the cache."""
 SHARE, SINKS, SINK_GAIN, SINK_EVENNESS, RISES, RISE_LOSS, RISE_EVENNESS = range(7)
 """Rows of `Layer.prospect`."""
 
@@ -85,8 +88,8 @@ def make_layer(
         np.zeros(num_experts, dtype=np.int64),
         np.zeros((num_experts, num_slots - num_experts + 2), dtype=np.int64),
         np.zeros((num_experts, num_ranks), dtype=np.int16),
-        np.full((num_experts, num_ranks), cross_node_price),
-        np.zeros((num_experts, num_ranks), dtype=np.bool_),
+        np.full((num_experts, num_ranks), FAR + BARRED, dtype=np.uint8),
+        np.array([0.0, 1.0, cross_node_price, 0.0]),
         speeds,
         np.zeros(num_ranks),
         np.zeros(num_ranks),
@@ -96,18 +99,21 @@ def make_layer(
     for slot in range(num_slots):
         if start[slot] != EMPTY:
             first = slot // num_local // ranks_per_node * ranks_per_node
-            layer.price[start[slot], first : first + ranks_per_node] = 1.0
+            layer.standing[start[slot], first : first + ranks_per_node] = NEAR + BARRED
     for slot in range(num_slots):
         rank = slot // num_local
         if start[slot] != EMPTY:
-            layer.price[start[slot], rank] = 0.0
+            layer.standing[start[slot], rank] &= ~np.uint8(NEAR + FAR)
         expert = row[slot]
         if expert != EMPTY:
             layer.slots_of[expert, layer.replicas[expert]] = slot
             layer.replicas[expert] += 1
             layer.num_on[expert, rank] += 1
             first = rank // ranks_per_group * ranks_per_group
-            layer.may_be_on[expert, first : first + ranks_per_group] = may_hold[first : first + ranks_per_group]
+            for other in range(first, first + ranks_per_group):
+                if may_hold[other]:
+                    layer.standing[expert, other] &= ~np.uint8(BARRED)
+            layer.standing[expert, rank] |= np.uint8(ON)
     sum_loads(layer)
     return layer
 
@@ -208,7 +214,7 @@ def look_again(layer: Layer, one: int, other: int, limit: float) -> None:
 @compiled
 def may_get(layer: Layer, expert: int, rank: int) -> bool:
     """Whether a rank may get an expert, which it does not hold yet."""
-    return bool(layer.num_on[expert, rank] == 0 and layer.may_be_on[expert, rank])
+    return bool(layer.standing[expert, rank] < ON)
 
 
 @compiled
@@ -222,7 +228,10 @@ def put(layer: Layer, slot: int, expert: int) -> None:
                 layer.slots_of[old, index] = layer.slots_of[old, last]
         layer.replicas[old] = last
         layer.num_on[old, rank] -= 1
+        if layer.num_on[old, rank] == 0:
+            layer.standing[old, rank] &= ~np.uint8(ON)
     layer.expert_at[slot] = expert
     layer.slots_of[expert, layer.replicas[expert]] = slot
     layer.replicas[expert] += 1
     layer.num_on[expert, rank] += 1
+    layer.standing[expert, rank] |= np.uint8(ON)

@@ -21,6 +21,8 @@ import numpy as np
 from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.kernels.compiled import compiled
 from eplb_fsm.placement.kernels.layer import (
+    FROM,
+    ON,
     RISE_EVENNESS,
     RISE_LOSS,
     RISES,
@@ -188,7 +190,7 @@ def _replicate_the_hottest(layer: Layer, everything: Int64Array, limit: float) -
                 old, rank = layer.expert_at[slot], layer.rank_of[slot]
                 if old >= 0 and not _can_spare(layer.weight[old], layer.replicas[old], limit):
                     continue
-                if layer.num_on[expert, rank] or not layer.may_be_on[expert, rank]:
+                if not may_get(layer, expert, rank):
                     continue
                 stays = layer.load_of[rank] - layer.share_at[slot]
                 if old >= 0:
@@ -223,7 +225,7 @@ def _best_change(layer: Layer, limit: float) -> Change:
 def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> Change:
     """Look at all overwrites that change the load of the heaviest rank: of a slot, or by an expert that it has."""
     expert_at, replicas, load_of, prospect = layer.expert_at, layer.replicas, layer.load_of, layer.prospect
-    num_on, price, may_be_on = layer.num_on, layer.price, layer.may_be_on
+    num_on, standing, price_of = layer.num_on, layer.standing, layer.price_of
     slots_of, rank_of = layer.slots_of, layer.rank_of
     num_local = len(expert_at) // len(load_of)
     everything = np.arange(len(replicas))
@@ -242,16 +244,17 @@ def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> 
             leaves = prospect[SHARE, old] - up + rises
             loss = max(prospect[RISE_LOSS, old] - max(load + up - limit, 0.0) + excess, 0.0)
             evenness_lost = prospect[RISE_EVENNESS, old] - up * (2.0 * load + up)
-            old_cost = price[old, rank]
+            old_cost = price_of[standing[old, rank] & FROM]
         candidates = everything if rank == heaviest else own
         ahead = prospect if rank == heaviest else own_prospect
         for candidate in range(len(candidates)):
             expert, sinks = candidates[candidate], ahead[SINKS, candidate]
             after = load + ahead[SHARE, candidate] - sinks - leaves
             most = ahead[SINK_GAIN, candidate] + excess - max(after - limit, 0.0)
-            if most <= limit * _ROUNDING or num_on[expert, rank] or not may_be_on[expert, rank]:
+            known = standing[expert, rank]
+            if most <= limit * _ROUNDING or known >= ON:
                 continue
-            cost = max(price[expert, rank] - old_cost, _FREE)
+            cost = max(price_of[known & FROM] - old_cost, _FREE)
             if most < best.score * cost * (1.0 - _ROUNDING):
                 continue
             gain = most - loss
@@ -273,7 +276,7 @@ def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> 
 def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Change:
     """Look at all swaps of a slot of the heaviest rank that could be better than the best change so far."""
     expert_at, load_of, share_at = layer.expert_at, layer.load_of, layer.share_at
-    num_on, price, may_be_on = layer.num_on, layer.price, layer.may_be_on
+    standing, price_of = layer.standing, layer.price_of
     num_local = len(expert_at) // len(load_of)
     excess = load_of[heaviest] - limit
     least_cost = _least_costs(layer, heaviest)
@@ -283,20 +286,22 @@ def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Chang
             continue
         for rank in range(len(load_of)):
             room = limit - load_of[rank]
-            new_cost = price[expert, rank] - price[expert, heaviest]
+            known = standing[expert, rank]
+            new_cost = price_of[known & FROM] - price_of[standing[expert, heaviest] & FROM]
             most = min(excess, room, share_at[own])
             if most < best.score * max(new_cost + least_cost[rank], _FREE) * (1.0 - _ROUNDING):
                 continue
-            if room <= 0.0 or num_on[expert, rank] or not may_be_on[expert, rank]:
+            if room <= 0.0 or known >= ON:
                 continue
             for slot in range(rank * num_local, (rank + 1) * num_local):
                 sinks, other = share_at[own] - share_at[slot], expert_at[slot]
                 gain = min(sinks, excess) - max(sinks - room, 0.0)
                 if gain <= limit * _ROUNDING or other < 0:
                     continue
-                if num_on[other, heaviest] or not may_be_on[other, heaviest]:
+                other_known = standing[other, heaviest]
+                if other_known >= ON:
                     continue
-                cost = new_cost + price[other, heaviest] - price[other, rank]
+                cost = new_cost + price_of[other_known & FROM] - price_of[standing[other, rank] & FROM]
                 score = gain / max(cost, _FREE)
                 evenness = 2.0 * sinks * (load_of[heaviest] - load_of[rank] - sinks)
                 if _is_better(score, evenness, best.score, best.evenness):
@@ -310,8 +315,9 @@ def _least_costs(layer: Layer, heaviest: int) -> Float64Array:
     least = np.full(len(layer.load_of), _UNPAYABLE)
     for slot in range(len(layer.expert_at)):
         expert, rank = layer.expert_at[slot], layer.rank_of[slot]
-        if expert >= 0 and not layer.num_on[expert, heaviest]:
-            least[rank] = min(least[rank], layer.price[expert, heaviest] - layer.price[expert, rank])
+        if expert >= 0 and layer.standing[expert, heaviest] < ON:
+            here, there = layer.standing[expert, heaviest] & FROM, layer.standing[expert, rank] & FROM
+            least[rank] = min(least[rank], layer.price_of[here] - layer.price_of[there])
     return least
 
 
