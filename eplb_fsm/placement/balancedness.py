@@ -44,7 +44,7 @@ RankLoads = Callable[[ArrayLike, Placement], Float64Array]
 
 
 def balancedness(load: ArrayLike, placement: Placement, speeds: Float64Array | None = None) -> Float64Array:
-    """Mean rank load / largest rank load of each layer; 1.0 is perfect, and an idle layer's value.
+    """Mean rank load / largest rank load of each layer, with speeds by time; 1.0 is perfect, and an idle layer's value.
 
     Args:
         load: (num_moe_layers, num_logical_experts) tokens per expert, 0 or more.

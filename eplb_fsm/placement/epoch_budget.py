@@ -16,9 +16,9 @@ def within_budget(
 ) -> list[Placement]:
     """Leave layers as they are until each that moves pays, and what comes from other ranks fits the budget.
 
-    The layers that save most for each byte (by what it counts) go first. One that does not fit is passed over, so the
-    budget is filled; where there is too much, one that saves nothing waits. The next epoch starts from here, so it
-    finds what was left.
+    What has to leave a rank goes first, then the layers that save most for each byte (by what it counts). One that does
+    not fit is passed over, so the budget is filled; where there is too much, one that saves nothing waits. The next
+    epoch starts from here, so it finds what was left.
 
     Args:
         worth: Of all layers.
@@ -29,7 +29,7 @@ def within_budget(
     """
     is_chosen = worth.pays if must_pay else np.ones(len(worth.num_bytes), dtype=np.bool_)
     if max_bytes and worth.num_bytes[is_chosen].sum() > max_bytes:
-        is_chosen = _fitting(worth, is_chosen & (worth.saved_share > 0.0), max_bytes)
+        is_chosen = _fitting(worth, is_chosen & ((worth.saved_share > 0.0) | worth.is_due), max_bytes)
     if is_chosen.all():
         return list(targets)
     ends = np.cumsum([placement.num_moe_layers for placement in current])
@@ -42,7 +42,8 @@ def within_budget(
 
 def _fitting(worth: Worth, is_wanted: BoolArray, max_bytes: int) -> BoolArray:
     is_chosen, left = np.zeros_like(is_wanted), float(max_bytes)
-    for layer in np.argsort(-worth.saved_share / np.maximum(worth.price, 1.0), kind="stable").tolist():
+    gain = worth.saved_share / np.maximum(worth.price, 1.0)
+    for layer in np.lexsort((-gain, ~worth.is_due)).tolist():
         if is_wanted[layer] and worth.num_bytes[layer] <= left:
             is_chosen[layer] = True
             left -= worth.num_bytes[layer]

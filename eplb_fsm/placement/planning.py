@@ -50,7 +50,8 @@ def make_plan(
     Returns:
         A checked plan. It has a `skip_reason` and no chunks when the layers are balanced enough ("balanced"), when
         nothing would move or the gain is too small (both begin with "no gain"), when no layer gives back the time that
-        it takes ("does not pay"), or when one expert is larger than the commit budget.
+        it takes ("does not pay"), or when one expert is larger than the commit budget. None of the thresholds keeps
+        experts on a rank of speed 0.
 
     Raises:
         PlanError: the policy returned a placement of another shape.
@@ -62,13 +63,15 @@ def make_plan(
     arrays = _checked_loads(loads, current, topology)
     speeds = topology.counted_speeds
     balance_now = _mean_balancedness(arrays, current, loads_of, speeds)
-    if reason := missing_commit_bytes(shapes, budget) or _balanced(balance_now, thresholds):
+    is_due = any(topology.held_in_vain(placement).any() for placement in current)
+    if reason := missing_commit_bytes(shapes, budget) or ("" if is_due else _balanced(balance_now, thresholds)):
         return _planned([], reason, (balance_now, balance_now), current, shapes, budget)
     wanted = [_target(policy, *pair, topology) for pair in zip(arrays, current, strict=True)]
     worth = worth_of_layers(arrays, current, wanted, shapes, thresholds, costs, topology, loads_of)
     targets = within_budget(worth, current, wanted, budget.epoch_bytes, must_pay=costs is not None)
     balance = balance_now, _mean_balancedness(arrays, targets, loads_of, speeds)
-    reason = _too_little(balance, worth, thresholds, costs, budget)
+    empties = any(topology.empties(*pair).any() for pair in zip(current, targets, strict=True))
+    reason = "" if empties else _too_little(balance, worth, thresholds, costs, budget)
     chunks = [
         (bank, moves)
         for bank, (placement, target, shape) in enumerate(zip(current, targets, shapes, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -79,8 +79,8 @@ class PlanTask:
 
     @property
     def minds_speeds(self) -> bool:
-        """Whether the policy gives slower ranks less."""
-        return minds_speeds(self.make_policy())
+        """Whether the policy gives slower ranks less; looked up once."""
+        return _minds_speeds(self)
 
     def topology_with(self, speeds: Speeds) -> Topology:
         """The topology with ranks of these speeds.
@@ -122,3 +122,8 @@ class PlanTask:
             PlanError: As :meth:`Plan.decode`.
         """
         return Plan.decode(encoded, current, self.shapes, self.budget)
+
+
+@cache
+def _minds_speeds(task: PlanTask) -> bool:
+    return minds_speeds(task.make_policy())

@@ -10,14 +10,15 @@ import numpy as np
 from eplb_fsm.config import DEFAULT_CROSS_NODE_PRICE
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.placement.moves import BoolArray
-from eplb_fsm.placement.validate import Float64Array
+from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.validate import EMPTY, Float64Array
 
 FASTEST = 100.0
 """Highest speed of a rank."""
 SLOWEST = 0.01
 """Lowest speed of a rank that is to hold experts."""
-_STANDING = 1e-3
-"""What a rank of speed 0 counts for, as long as it holds experts."""
+_STANDING = 1e-6
+"""What a rank of speed 0 counts for, as long as it holds experts, beside the fastest one."""
 
 
 def check_speed(speed: float) -> float:
@@ -89,8 +90,17 @@ class Topology:
         """Which ranks may hold experts, ``(num_ranks,)``."""
         return np.array([speed > 0.0 for speed in self.speeds] or [True] * self.num_ranks)
 
+    def held_in_vain(self, placement: Placement) -> BoolArray:
+        """In which layers a rank that is to hold no expert holds one, ``(num_moe_layers,)``."""
+        ranks = placement.physical_to_logical_map.reshape(placement.num_moe_layers, self.num_ranks, -1)
+        return np.asarray((ranks[:, ~self.may_hold] != EMPTY).any(axis=(1, 2)))
+
+    def empties(self, current: Placement, target: Placement) -> BoolArray:
+        """In which layers the way to a target empties such a rank, ``(num_moe_layers,)``."""
+        return self.held_in_vain(current) & ~self.held_in_vain(target)
+
     @property
     def counted_speeds(self) -> Float64Array:
-        """Speeds to divide loads by, ``(num_ranks,)`` float64 above 0: a rank that is to hold nothing is very slow."""
+        """Speeds to divide loads by, ``(num_ranks,)`` float64, 1 for the fastest; a rank of speed 0 is very slow."""
         speeds: Float64Array = np.array(self.speeds or (1.0,) * self.num_ranks)
-        return np.maximum(speeds, _STANDING)
+        return np.asarray(np.maximum(speeds / speeds.max(), _STANDING))

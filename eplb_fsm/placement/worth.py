@@ -64,6 +64,7 @@ class Worth(NamedTuple):
         saved_share: Share of the experts' time of a step that it gives back; negative if it takes more.
         saved_s: Seconds given back over the horizon, trust included.
         cost_s: Seconds that moving it takes.
+        is_due: bool ``(layers,)``, whether it takes experts off a rank that is to hold none, whatever that costs.
     """
 
     num_bytes: Float64Array
@@ -71,11 +72,12 @@ class Worth(NamedTuple):
     saved_share: Float64Array
     saved_s: Float64Array
     cost_s: Float64Array
+    is_due: BoolArray
 
     @property
     def pays(self) -> BoolArray:
-        """Which layers give back more than they take."""
-        return np.asarray(self.saved_s > self.cost_s)
+        """Which layers give back more than they take, or have to move."""
+        return np.asarray((self.saved_s > self.cost_s) | self.is_due)
 
 
 def worth_of_layers(
@@ -103,6 +105,7 @@ def worth_of_layers(
         topology: Ranks with their speeds, and nodes; the layers share what all bytes take by what theirs count.
         loads_of: How tokens are divided among replicas.
     """
+    is_due = np.concatenate([topology.empties(*pair) for pair in zip(current, targets, strict=True)])
     num_bytes, price, before, after = (
         np.concatenate(parts)
         for parts in zip(
@@ -112,13 +115,13 @@ def worth_of_layers(
     )
     saved_share = (before - after) / max(float(before.sum()), np.finfo(np.float64).tiny)
     if costs is None:
-        return Worth(num_bytes, price, saved_share, saved_share, np.zeros_like(num_bytes))
+        return Worth(num_bytes, price, saved_share, saved_share, np.zeros_like(num_bytes), is_due)
     step_s = max(costs.step_s, np.finfo(np.float64).tiny)
     transfer_steps = float(num_bytes.sum()) / costs.bytes_per_s / step_s
     steps = max(0.0, thresholds.horizon_steps - transfer_steps)
     saved_s = costs.trust * steps * costs.step_s * thresholds.moe_time_share * saved_share
     cost_s = price * (costs.lost_s_per_byte * num_bytes.sum() / max(float(price.sum()), 1.0))
-    return Worth(num_bytes, price, saved_share, saved_s, cost_s)
+    return Worth(num_bytes, price, saved_share, saved_s, cost_s, is_due)
 
 
 def _of_bank(

@@ -12,10 +12,11 @@ import torch
 from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.observe.gains import Seen
+from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.estimate import LoadEstimator
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Chunk, Plan
-from eplb_fsm.placement.task import EncodedPlan, Load, PlanRequest, PlanTask
+from eplb_fsm.placement.task import EncodedPlan, PlanRequest, PlanTask
 from eplb_fsm.runtime.costs import Measured, costs_of
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.pending import Pending
@@ -115,7 +116,7 @@ class Jobs:
         self.mailbox.put(LoadCollected(epoch))
         yield self.pace.breathe()
         sums = self._vector.unpack(total, current)
-        seen = self._see(sums.window, current, unmoved)
+        seen = self._see(sums.of_nodes, current, unmoved)
         loads = self.estimator.update(sums.window)
         costs = costs_of(sums.measured, self.domain.world_size, self.config, trust)
         request = PlanRequest(loads, current, costs, sums.speeds)
@@ -129,7 +130,7 @@ class Jobs:
         self.mailbox.put(PlanReady(epoch, plan, self.tables.prepare_shares(current), seen))
 
     def _see(
-        self, window: Sequence[Load], live: tuple[Placement, ...], unmoved: tuple[Placement, ...] | None
+        self, window: Sequence[Int64Array], live: tuple[Placement, ...], unmoved: tuple[Placement, ...] | None
     ) -> Seen | None:
         if unmoved is None or not any(load.any() for load in window):
             return None

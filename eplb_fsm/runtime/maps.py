@@ -31,8 +31,9 @@ class MapWriter(Protocol):
             bank: Index of the bank.
             layers: Which layers.
             placement: What its slots will hold.
-            shares: With ``replica_split="weighted"`` what :func:`~eplb_fsm.placement.split.weighted_shares` says for
-                these layers; None: the slots of an expert get equal shares.
+            shares: With ``replica_split="weighted"`` the share of its expert's tokens that each slot gets from this
+                rank, float64 ``(len(layers), num_physical_experts)``; on several nodes those of other nodes may get
+                none. None: the slots of an expert get equal shares.
         """
         ...
 

@@ -60,10 +60,7 @@ class Tables:
     def prepare(self, bank: int, layers: Sequence[int], placement: Placement) -> object:
         """Work out what :meth:`write` copies for some layers; worker thread."""
         shares = self._shares(bank, layers, placement)
-        if shares is not None and self._of_nodes[bank].shape[1] > 1:
-            demand = self._of_nodes[bank][list(layers)].astype(np.float64)
-            shares = near_shares(shares, placement.physical_to_logical_map[list(layers)], demand, self._node)
-        return self._writer.prepare(bank, layers, placement, shares)
+        return self._writer.prepare(bank, layers, placement, self._near(bank, layers, placement, shares, self._node))
 
     def prepare_shares(self, live: Sequence[Placement]) -> tuple[object, ...]:
         """Work out new shares for the live placement of each bank; worker thread. Nothing where shares are equal."""
@@ -73,12 +70,17 @@ class Tables:
             self.prepare(bank, range(placement.num_moe_layers), placement) for bank, placement in enumerate(live)
         )
 
-    def balancedness(self, window: Sequence[Load], placements: Sequence[Placement]) -> float:
+    def balancedness(self, window_of_nodes: Sequence[Int64Array], placements: Sequence[Placement]) -> float:
         """Mean balancedness over all layers under a window, with what the last plan was made by; worker thread."""
-        layers = [
-            mean_over_max(rank_loads(load, placement, self._shares(bank, range(len(load)), placement)), self._speeds)
-            for bank, (load, placement) in enumerate(zip(window, placements, strict=True))
-        ]
+        layers = []
+        for bank, (of_nodes, placement) in enumerate(zip(window_of_nodes, placements, strict=True)):
+            every_layer = range(len(of_nodes))
+            shares = self._shares(bank, every_layer, placement)
+            loads = sum(
+                rank_loads(of_nodes[:, node], placement, self._near(bank, every_layer, placement, shares, node))
+                for node in range(of_nodes.shape[1])
+            )
+            layers.append(mean_over_max(np.asarray(loads), self._speeds))
         return float(np.concatenate(layers).mean())
 
     def write(self, prepared: object) -> None:
@@ -89,3 +91,12 @@ class Tables:
         if not self.is_weighted or not self._loads:
             return None
         return weighted_shares(self._loads[bank], placement, layers, self._speeds)
+
+    def _near(
+        self, bank: int, layers: Sequence[int], placement: Placement, shares: Float64Array | None, node: int
+    ) -> Float64Array | None:
+        """Those for the tokens of one node."""
+        if shares is None or self._of_nodes[bank].shape[1] == 1:
+            return shares
+        demand = self._of_nodes[bank][list(layers)].astype(np.float64)
+        return near_shares(shares, placement.physical_to_logical_map[list(layers)], demand, node)

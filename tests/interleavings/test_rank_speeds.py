@@ -18,13 +18,13 @@ def run_with(policy: str = "movement_aware", **changes: float | str) -> Recorded
     return Recorded(3, options=options, shape=shape(3, num_physical_experts=12))
 
 
-def run_epochs(run: Recorded, count: int) -> None:
-    """Go on until every rank has seen so many more epochs."""
+def run_epochs(run: Recorded, count: int, layers: tuple[int, ...] = (0, 1)) -> None:
+    """Go on until every rank has seen so many more epochs, with tokens in some layers."""
     wanted = len(run.ranks[0].fsm.outcomes) + count
     while any(len(rank.fsm.outcomes) < wanted for rank in run.ranks):
         run.cluster.act()
         for rank in run.ranks:
-            for layer in range(2):
+            for layer in layers:
                 rank.fsm.record(layer, LOAD)
 
 
@@ -35,18 +35,38 @@ def held_by(run: Recorded, rank: int) -> list[list[int]]:
     return [sorted(layer[rank]) for layer in maps[0]]
 
 
-@pytest.mark.parametrize("plan_source", ["lowest_rank", "every_rank"])
-def test_a_rank_of_speed_0_is_emptied_and_filled_again(plan_source: str) -> None:
-    """Only the rank itself says so; no table names a slot of its afterwards."""
-    run = run_with(plan_source=plan_source)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"plan_source": "lowest_rank"},
+        {"plan_source": "every_rank"},
+        {"replica_split": "weighted"},
+        {"replica_split": "weighted", "min_gain": 0.5, "trigger_balancedness": 0.1, "horizon_steps": 3000},
+    ],
+    ids=str,
+)
+def test_a_rank_of_speed_0_is_emptied_and_filled_again(options: dict[str, float | str]) -> None:
+    """Only the rank itself says so, and no threshold is in the way; no table names a slot of its afterwards."""
+    run = run_with(**options)
     run.ranks[1].fsm.set_speed(0.0)
     run_epochs(run, 2)
     assert held_by(run, 1) == [[-1] * 4] * 2
     run.ranks[1].fsm.set_speed(1.0)
-    run_epochs(run, 2)
-    assert all(max(layer) >= 0 for layer in held_by(run, 1))
+    if "min_gain" not in options:
+        run_epochs(run, 2)
+        assert all(max(layer) >= 0 for layer in held_by(run, 1))
     run.check()
     assert "COMMITTED" in {outcome for outcome, _ in run.outcomes()}
+
+
+def test_a_layer_without_load_leaves_too() -> None:
+    """Although there is nothing to gain; and without any load at all."""
+    for layers in ((0,), ()):
+        run = run_with(horizon_steps=3000)
+        run.ranks[1].fsm.set_speed(0.0)
+        run_epochs(run, 3, layers)
+        assert held_by(run, 1) == [[-1] * 4] * 2
+        run.check()
 
 
 def test_a_slow_rank_gets_less_of_the_tokens_too() -> None:

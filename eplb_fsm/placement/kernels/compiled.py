@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from hashlib import blake2b
 from importlib import import_module
 from importlib.util import find_spec
@@ -41,9 +42,15 @@ def compiled(function: _Kernel) -> _Kernel:
     try:
         kernel = _numba.njit(nogil=True, cache=True)(function)
         _mark(kernel)
-    except (AttributeError, RuntimeError):  # it cannot be marked, or not be written: compile in every process
+    except (AttributeError, RuntimeError) as error:  # it cannot be marked, or not be written
+        _say_once(f"machine code of plans cannot be kept ({error}), so every process compiles it anew, for seconds")
         kernel = _numba.njit(nogil=True)(function)
     return kernel
+
+
+@cache
+def _say_once(warning: str) -> None:
+    logging.getLogger(__name__).warning(warning)
 
 
 def _mark(kernel: Any) -> None:

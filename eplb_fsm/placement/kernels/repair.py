@@ -124,7 +124,9 @@ def repair_layers(
 @compiled
 def mean_load(weight: Float64Array, speeds: Float64Array) -> float:
     """What a rank of speed 1 carries of the experts' load if all are divided perfectly."""
-    mean, capacity = 0.0, speeds.sum()
+    mean, capacity = 0.0, 0.0
+    for rank in range(len(speeds)):  # not sum(), which adds in another order without a compiler
+        capacity += speeds[rank]
     for expert in range(len(weight)):
         mean += weight[expert] / capacity
     return mean

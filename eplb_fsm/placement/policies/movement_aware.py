@@ -48,13 +48,14 @@ class MovementAwarePolicy:
         self._is_weighted = replica_split == "weighted"
 
     def warm_up(self) -> None:
-        """Have the kernels compiled: plan what cannot be balanced, so that each of them is needed."""
-        self.plan(np.array([[3.0, 1.0]]), Placement.initial(1, 2, 2, 2), Topology(2))
+        """Have the kernels compiled: plan what cannot be balanced, with a rank to empty, so that each is needed."""
+        self.plan(np.array([[3.0, 1.0]]), Placement.initial(1, 2, 4, 2), Topology(2, speeds=(1.0, 0.0)))
 
     def plan(self, load: Float64Array, current: Placement, topology: Topology) -> Placement:
         """Repair the current placement; arguments and result as in `RebalancePolicy.plan`.
 
-        Expert groups stay on their nodes where DeepSeek's method would keep them there.
+        Expert groups stay on their nodes where DeepSeek's method would keep them there, as long as all ranks may hold
+        experts.
 
         Raises:
             ConfigError: the ranks that may hold experts have too few slots.

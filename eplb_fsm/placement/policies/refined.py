@@ -14,7 +14,7 @@ class RefinedPolicy:
     """Refines DeepSeek's placement; for placements that are made once, since a plan takes seconds.
 
     It looks at the load only, but names the ranks so that most experts are there already. A layer without any load
-    keeps its current row, unless a rank is to hold nothing.
+    keeps its current row, unless that has an expert on a rank that is to hold none.
     """
 
     name = "deepseek_refined"
@@ -42,6 +42,6 @@ class RefinedPolicy:
         rows = place_anew(load, current.num_physical_experts, groups)
         refine_layers(load, rows, topology.counted_speeds, topology.may_hold, groups.ranks_per_node)
         match_ranks(start, rows, topology.counted_speeds, groups.num_nodes, current.num_logical_experts)
-        idle = ~load.any(axis=1) & topology.may_hold.all()
+        idle = ~load.any(axis=1) & ~topology.held_in_vain(current)
         rows[idle] = start[idle]
         return Placement(rows, current.num_logical_experts, current.num_ranks)

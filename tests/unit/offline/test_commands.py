@@ -106,6 +106,20 @@ def test_policies_are_compared_with_weighted_shares(loads: Path) -> None:
     assert rows["weighted"]["movement_aware"]["moves"] < rows["equal"]["movement_aware"]["moves"]
 
 
+def test_slow_ranks_get_less(loads: Path) -> None:
+    """In a plan, which is told by time; and both splits are compared by it."""
+    figures, speeds = loads.with_name("figures.json"), ("--rank-speeds", "1,1,0.5,1", "--json")
+    assert main(["plan", str(loads), *RANKS, *speeds, str(figures), "--output", str(loads.with_suffix(".json"))]) == 0
+    after = json.loads(figures.read_text())["balancedness"]["after"]
+    assert after["mean"] > 0.9
+    assert after["vllm"] < 0.95  # the engine's formula takes ranks as alike
+    for split in ("equal", "weighted"):
+        assert main(["compare", str(loads), *RANKS, *speeds, str(figures), "--replica-split", split, "--quiet"]) == 0
+        rows = json.loads(figures.read_text())["summary"]
+        assert rows["movement_aware"]["balance_now"] > 0.9
+        assert rows["movement_aware"]["balance_now"] > rows["deepseek_global"]["balance_now"] + 0.02
+
+
 def test_windows_are_summed(loads: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two windows to a plan: the fifth one is left over, and of two plans' windows the first makes the start."""
     figures = loads.with_name("figures.json")
@@ -131,6 +145,13 @@ def test_windows_are_summed(loads: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("plan", ("--output", "p.json", "--ep-num-redundant-experts", "-4"), "--ep-num-redundant-experts -4"),
         ("plan", ("--output", "p.json", "--expert-bytes", "0"), "--expert-bytes 0"),
         ("plan", ("--output", "p.json", "--num-nodes", "3"), "num_nodes=3"),
+        ("plan", ("--output", "p.json", "--rank-speeds", "1,fast"), "--rank-speeds 1,fast"),
+        ("plan", ("--output", "p.json", "--rank-speeds", "1,1,1"), "3 speeds for 4 ranks"),
+        (
+            "plan",
+            ("--output", "p.json", "--rank-speeds", "1,1,1,2", "--eplb-algorithm", "deepseek"),
+            "treats all ranks alike",
+        ),
         ("plan", ("--output", "missing/p.json"), "cannot write placement file"),
         ("plan", ("--output", "p.json", "--init-expert-location", "none.json"), "cannot read placement file"),
         ("compare", ("--window-size", "6"), "choose 1 to 5"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from test_movement_aware import NUM_LOGICAL, NUM_RANKS, drifted
@@ -10,6 +12,7 @@ from eplb_fsm.errors import ConfigError
 from eplb_fsm.offline.comparison import num_duplicates
 from eplb_fsm.placement import BankShape, Budget, Placement, Thresholds, Topology, get_policy, make_plan
 from eplb_fsm.placement.balancedness import balancedness, balancedness_summary, rank_loads
+from eplb_fsm.placement.kernels.vacate import vacate_layers
 from eplb_fsm.placement.moves import num_peer_moves
 from eplb_fsm.placement.policies import MovementAwarePolicy, RefinedPolicy
 from eplb_fsm.placement.split import weighted_rank_loads, weighted_shares
@@ -18,6 +21,7 @@ from tests.benchmarks.split import lightest_heaviest_rank
 ALIKE = Topology(NUM_RANKS)
 ONE_SLOW = Topology(NUM_RANKS, speeds=(1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0))
 MIXED = Topology(NUM_RANKS, speeds=(2.0, 1.0, 0.5, 1.0, 3.0, 1.0, 1.0, 0.25))
+DEAR = Thresholds(0.5, trigger_balancedness=0.01)
 ONE_LEAVES = Topology(NUM_RANKS, speeds=(1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0))
 
 
@@ -47,11 +51,31 @@ def test_slow_ranks_get_less(topology: Topology) -> None:
         assert num_duplicates(planned) <= num_duplicates(current)
 
 
-def test_equal_speeds_change_nothing() -> None:
-    """Whether they are given or not."""
+def test_only_ratios_of_speeds_count() -> None:
+    """Equal ones change nothing, whatever they are; twice as high ones neither."""
     current, load = drifted(0)
-    given = Topology(NUM_RANKS, speeds=(1.0,) * NUM_RANKS)
-    assert MovementAwarePolicy(0.99).plan(load, current, given) == MovementAwarePolicy(0.99).plan(load, current, ALIKE)
+    policy = MovementAwarePolicy(0.99)
+    alike = policy.plan(load, current, ALIKE)
+    for speed in (1.0, 3.0, 0.01):
+        assert policy.plan(load, current, Topology(NUM_RANKS, speeds=(speed,) * NUM_RANKS)) == alike
+    twice = Topology(NUM_RANKS, speeds=tuple(2.0 * speed for speed in MIXED.speeds))
+    assert policy.plan(load, current, twice) == policy.plan(load, current, MIXED)
+
+
+def test_a_fast_rank_is_no_reason_to_replicate() -> None:
+    """It may carry experts that no other could."""
+    topology = Topology(4, speeds=(1.0, 1.0, 1.0, 8.0))
+    current = Placement([[0, 1, 2, 3, 4, 5, 6, 7]], 8, 4)
+    planned = MovementAwarePolicy(0.9).plan(np.array([[1.0, 1, 1, 1, 1, 1, 6, 8]]), current, topology)
+    assert planned == current
+
+
+def test_a_rank_of_speed_0_does_not_count() -> None:
+    """Perfect is perfect among the others, also where those are slow."""
+    placement = Placement([[0, 1, -1]], 2, 3)
+    for speeds in ((1.0, 1.0, 0.0), (0.01, 0.01, 0.0)):
+        counted = Topology(3, speeds=speeds).counted_speeds
+        assert balancedness([[5.0, 5.0]], placement, counted)[0] == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("policy", [MovementAwarePolicy(0.9), RefinedPolicy()], ids=lambda policy: str(policy.name))
@@ -75,6 +99,40 @@ def test_only_what_has_to_moves_away() -> None:
     back = policy.plan(load, left, ALIKE)
     assert balancedness(load, back).min() >= 0.9 - 1e-9
     assert (held_by(back, 2) >= 0).any(axis=1).all()
+
+
+def test_what_has_to_leave_comes_first_within_a_budget() -> None:
+    """Epoch after epoch, whatever it gains; a budget below every layer is said."""
+    current, load = drifted(1)
+    load[:4] = 0.0
+    shapes = [BankShape("experts", (10,) * 6)]
+    for _ in range(20):
+        plan = make_plan(MovementAwarePolicy(), [load], [current], ONE_LEAVES, shapes, Budget(1000, 2, 150), DEAR)
+        if not ONE_LEAVES.held_in_vain(current).any():
+            break
+        assert not plan.skip_reason
+        current = plan.banks[0]
+    assert (held_by(current, 2) == -1).all()
+    full = drifted(1)[0]
+    plan = make_plan(MovementAwarePolicy(), [load], [full], ONE_LEAVES, shapes, Budget(1000, 2, 10), DEAR)
+    assert "max_epoch_bytes=10 allows less" in plan.skip_reason
+
+
+def test_a_layer_without_load_is_not_touched_again() -> None:
+    """Once the rank is empty."""
+    current, load = drifted(1)
+    left = RefinedPolicy().plan(load, current, ONE_LEAVES)
+    load[3] = 0.0
+    rows = RefinedPolicy().plan(load, left, ONE_LEAVES).physical_to_logical_map
+    assert rows[3].tolist() == left.physical_to_logical_map[3].tolist()
+
+
+def test_all_kernels_are_warm() -> None:
+    """Also the one that only a rank of speed 0 needs."""
+    pytest.importorskip("numba")
+    MovementAwarePolicy().warm_up()
+    kernel: Any = vacate_layers
+    assert kernel.signatures
 
 
 def test_nodes_are_not_kept_where_one_has_fewer_slots() -> None:
