@@ -23,6 +23,8 @@ class Layer(NamedTuple):
         replicas: (experts) int64 slots of each expert.
         slots_of: (experts, most replicas) int64 those slots; the first `replicas` entries of a row count.
         num_on: (experts, ranks) int16 slots of an expert on a rank.
+        marks_of: (experts) int64 with the marks of the ranks that an expert is on, see :func:`mark_of`: two experts
+            without a common mark have no common rank.
         standing: (experts, ranks) uint8 what is known of an expert on a rank: where it was at the start, `HELD` there,
             `NEAR` on the rank's node, or `FAR`; plus `ON` if the rank has it, plus `BARRED` if it may not.
         price_of: (4) float64 what a move counts by where the expert was.
@@ -39,6 +41,7 @@ class Layer(NamedTuple):
     replicas: Int64Array
     slots_of: Int64Array
     num_on: npt.NDArray[np.int16]
+    marks_of: Int64Array
     standing: npt.NDArray[np.uint8]
     price_of: Float64Array
     speeds: Float64Array
@@ -88,6 +91,7 @@ def make_layer(
         np.zeros(num_experts, dtype=np.int64),
         np.zeros((num_experts, num_slots - num_experts + 2), dtype=np.int64),
         np.zeros((num_experts, num_ranks), dtype=np.int16),
+        np.zeros(num_experts, dtype=np.int64),
         np.full((num_experts, num_ranks), FAR + BARRED, dtype=np.uint8),
         np.array([0.0, 1.0, cross_node_price, 0.0]),
         speeds,
@@ -109,6 +113,7 @@ def make_layer(
             layer.slots_of[expert, layer.replicas[expert]] = slot
             layer.replicas[expert] += 1
             layer.num_on[expert, rank] += 1
+            layer.marks_of[expert] |= mark_of(rank)
             first = rank // ranks_per_group * ranks_per_group
             for other in range(first, first + ranks_per_group):
                 if may_hold[other]:
@@ -116,6 +121,12 @@ def make_layer(
             layer.standing[expert, rank] |= np.uint8(ON)
     sum_loads(layer)
     return layer
+
+
+@compiled
+def mark_of(rank: int) -> int:
+    """One bit for a rank; beyond 62 ranks some share one."""
+    return 1 << (rank % 62)
 
 
 @compiled
@@ -230,8 +241,12 @@ def put(layer: Layer, slot: int, expert: int) -> None:
         layer.num_on[old, rank] -= 1
         if layer.num_on[old, rank] == 0:
             layer.standing[old, rank] &= ~np.uint8(ON)
+        layer.marks_of[old] = 0
+        for index in range(last):
+            layer.marks_of[old] |= mark_of(layer.rank_of[layer.slots_of[old, index]])
     layer.expert_at[slot] = expert
     layer.slots_of[expert, layer.replicas[expert]] = slot
     layer.replicas[expert] += 1
     layer.num_on[expert, rank] += 1
     layer.standing[expert, rank] |= np.uint8(ON)
+    layer.marks_of[expert] |= mark_of(rank)

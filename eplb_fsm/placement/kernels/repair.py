@@ -240,13 +240,14 @@ def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> 
             continue
         load = load_of[rank]
         excess = max(load - limit, 0.0)
-        leaves, rises, loss, evenness_lost, old_cost = 0.0, 0.0, 0.0, 0.0, 0.0
+        leaves, rises, loss, evenness_lost, old_cost, marks = 0.0, 0.0, 0.0, 0.0, 0.0, 0
         if old >= 0:  # what the other replicas of the old expert take over
             rises, up = prospect[RISES, old], num_on[old, rank] * prospect[RISES, old]
             leaves = prospect[SHARE, old] - up + rises
             loss = max(prospect[RISE_LOSS, old] - max(load + up - limit, 0.0) + excess, 0.0)
             evenness_lost = prospect[RISE_EVENNESS, old] - up * (2.0 * load + up)
             old_cost = price_of[standing[old, rank] & FROM]
+            marks = layer.marks_of[old]
         candidates = everything if rank == heaviest else own
         ahead = prospect if rank == heaviest else own_prospect
         for candidate in range(len(candidates)):
@@ -257,11 +258,12 @@ def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> 
             if most <= limit * _ROUNDING or known >= ON:
                 continue
             cost = max(price_of[known & FROM] - old_cost, _FREE)
-            if most < best.score * cost * (1.0 - _ROUNDING):
-                continue
+            may_share = marks & layer.marks_of[expert] != 0  # a rank, where one's rise and the other's sinking meet
             gain = most - loss
+            if (most if may_share else gain) < best.score * cost * (1.0 - _ROUNDING):
+                continue
             evenness = ahead[SINK_EVENNESS, candidate] + (load - after) * (load + after) - evenness_lost
-            for index in range(replicas[expert] if old >= 0 else 0):
+            for index in range(replicas[expert] if may_share else 0):
                 other = rank_of[slots_of[expert, index]]
                 if num_on[old, other]:  # it carries less of one and more of the other
                     up, down = num_on[old, other] * rises, num_on[expert, other] * sinks
