@@ -292,15 +292,14 @@ def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Chang
             room = limit - load_of[rank]
             known = standing[expert, rank]
             new_cost = price_of[known & FROM] - price_of[standing[expert, heaviest] & FROM]
-            most = min(excess, room, share_at[own])
-            if most < best.score * max(new_cost + least_cost[rank], _FREE) * (1.0 - _ROUNDING):
-                continue
-            if room <= 0.0 or known >= ON:
+            needed = best.score * max(new_cost + least_cost[rank], _FREE) * (1.0 - _ROUNDING)
+            needed = max(needed, limit * _ROUNDING)
+            if min(excess, room, share_at[own]) < needed or known >= ON:
                 continue
             for slot in range(rank * num_local, (rank + 1) * num_local):
                 sinks, other = share_at[own] - share_at[slot], expert_at[slot]
                 gain = min(sinks, excess) - max(sinks - room, 0.0)
-                if gain <= limit * _ROUNDING or other < 0:
+                if gain < needed or other < 0:
                     continue
                 other_known = standing[other, heaviest]
                 if other_known >= ON:
