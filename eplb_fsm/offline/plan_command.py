@@ -13,7 +13,7 @@ from eplb_fsm.placement.files import save_bare_map, save_placement
 from eplb_fsm.placement.moves import num_cross_node_moves, num_peer_moves
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.policies import get_policy, minds_speeds
-from eplb_fsm.placement.validate import Float64Array
+from eplb_fsm.placement.validate import EMPTY, Float64Array
 
 _SUFFIXES = (".json", ".npz")
 
@@ -38,7 +38,13 @@ def run_plan(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"--rank-speeds: policy {args.eplb_algorithm!r} treats all ranks alike; choose another one")
     load = problem.windows.sum(axis=0)
     planned = policy.plan(load, problem.start, problem.topology)
-    save = save_bare_map if args.output.suffix == ".json" else save_placement
+    is_bare = args.output.suffix == ".json"
+    if is_bare and (planned.physical_to_logical_map == EMPTY).any():
+        raise ConfigError(
+            f"--output {args.output}: the placement has empty slots, which SGLang would take for the last expert; "
+            "write .npz, or give every rank a speed above 0"
+        )
+    save = save_bare_map if is_bare else save_placement
     save(planned, args.output)
     figures = _figures(problem, load, planned, args)
     return figures, _text(figures, args)

@@ -120,6 +120,15 @@ def test_slow_ranks_get_less(loads: Path) -> None:
         assert rows["movement_aware"]["balance_now"] > rows["deepseek_global"]["balance_now"] + 0.02
 
 
+def test_a_rank_can_be_left_empty(loads: Path) -> None:
+    """In a file of this library."""
+    output = loads.with_suffix(".out.npz")
+    assert main(["plan", str(loads), *RANKS, "--rank-speeds", "1,1,1,0", "--output", str(output)]) == 0
+    rows = Placement.load(output, like=START).physical_to_logical_map
+    assert (rows[:, 12:] == -1).all()
+    assert (rows[:, :12] >= 0).all()
+
+
 def test_windows_are_summed(loads: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two windows to a plan: the fifth one is left over, and of two plans' windows the first makes the start."""
     figures = loads.with_name("figures.json")
@@ -152,6 +161,7 @@ def test_windows_are_summed(loads: Path, capsys: pytest.CaptureFixture[str]) -> 
             ("--output", "p.json", "--rank-speeds", "1,1,1,2", "--eplb-algorithm", "deepseek"),
             "treats all ranks alike",
         ),
+        ("plan", ("--output", "p.json", "--rank-speeds", "1,1,1,0"), "write .npz, or give every rank a speed above 0"),
         ("plan", ("--output", "missing/p.json"), "cannot write placement file"),
         ("plan", ("--output", "p.json", "--init-expert-location", "none.json"), "cannot read placement file"),
         ("compare", ("--window-size", "6"), "choose 1 to 5"),
