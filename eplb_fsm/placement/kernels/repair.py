@@ -144,6 +144,7 @@ def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> 
     """
     set_limit(layer, limit)
     lightest, row = _heaviest(layer, limit, is_weighted), layer.expert_at.copy()
+    begun = row.copy()
     if lightest <= _with_rounding(limit):
         return lightest
     everything = np.arange(len(layer.weight))
@@ -161,16 +162,42 @@ def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> 
             break
         look_again(layer, best.expert, _apply(layer, best), limit)
     layer.expert_at[:] = row
+    if is_weighted and lightest > _with_rounding(limit):
+        return _take_the_lighter(layer, begun, row)
     return lightest
 
 
 @compiled
+def _take_the_lighter(layer: Layer, begun: Int64Array, row: Int64Array) -> float:
+    """Of two rows that miss the limit take the one whose heaviest rank is lighter with weighted shares; return that."""
+    before = highest_of(fill_pools(layer.weight, begun, layer.speeds, 0.0))
+    after = highest_of(fill_pools(layer.weight, row, layer.speeds, 0.0))
+    layer.expert_at[:] = begun if before <= after else row
+    return min(before, after)
+
+
+@compiled
 def _heaviest(layer: Layer, limit: float, is_weighted: bool) -> float:
-    """Load of the heaviest rank over its speed; where that is above the limit, with weighted shares if there are."""
+    """Load of the heaviest rank over its speed; with weighted shares where it is above the limit and those may help."""
     heaviest = heaviest_of(layer)
-    if is_weighted and heaviest > _with_rounding(limit):
+    if is_weighted and heaviest > _with_rounding(limit) and not _has_no_choice(layer, limit):
         return highest_of(fill_pools(layer.weight, layer.expert_at, layer.speeds, limit))
     return heaviest
+
+
+@compiled
+def _has_no_choice(layer: Layer, limit: float) -> bool:
+    """Whether experts with one replica alone are too much for some rank, so that no shares help."""
+    num_local = len(layer.expert_at) // len(layer.load_of)
+    for rank in range(len(layer.load_of)):
+        fixed = layer.base_of[rank]
+        for slot in range(rank * num_local, (rank + 1) * num_local):
+            expert = layer.expert_at[slot]
+            if expert >= 0 and layer.replicas[expert] == 1:
+                fixed += layer.share_at[slot]
+        if fixed > _with_rounding(limit):
+            return True
+    return False
 
 
 @compiled
