@@ -29,7 +29,7 @@ class Layer(NamedTuple):
             `NEAR` on the rank's node, or `FAR`; plus `ON` if the rank has it, plus `BARRED` if it may not.
         price_of: (4) float64 what a move counts by where the expert was.
         speeds: (ranks) float64 speed of each rank.
-        base_of: (ranks) float64 what a rank carries more than one of speed 1 could, see :func:`set_limit`.
+        base_of: (ranks) float64 by how much less than a rank of speed 1 it may carry, see :func:`set_limit`.
         load_of: (ranks) float64 load of each rank, `base_of` included.
         share_at: (slots) float64 load of each slot.
         prospect: (7, experts) float64, what one replica more or less of an expert would do; see `look_ahead`.
