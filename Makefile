@@ -20,11 +20,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts docs spec explore mutants coverage bench check generate format clean
+.PHONY: help setup demo test test-engines-light lint types contracts docs spec explore mutants coverage bench check generate format clean
 
 help:
 	@echo "make demo | test | check | setup | lint | types | contracts | docs | spec | explore | mutants"
-	@echo "     coverage | bench | generate | format | clean"
+	@echo "     test-engines-light | coverage | bench | generate | format | clean"
 
 setup: $(VENV)/.ready-dev $(VENV)/.ready-docs
 
@@ -33,6 +33,10 @@ demo: $(VENV)/.ready-run
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The adapters over the engines' own EPLB modules, in gloo processes; no engine is installed.
+test-engines-light: $(VENV)/.ready-dev build/engines/.ready
+	REQUIRE_ENGINE_SOURCES=1 $(BIN)/python -m pytest tests/serving $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -95,6 +99,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready-run
 
 $(VENV)/.ready-docs: $(VENV)/.ready-run
 	$(PIP) -e '.[docs]'
+	@touch $@
+
+build/engines/.ready: tools/fetch_engine_sources.py | $(BIN)/python
+	$(BIN)/python tools/fetch_engine_sources.py build/engines
 	@touch $@
 
 $(VENV)/.ready-mutants: $(VENV)/.ready-dev

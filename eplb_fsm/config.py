@@ -221,6 +221,11 @@ class RebalanceConfig:
         """A signed 64-bit hash of all options; a word of every vote."""
         return _fingerprint(self)
 
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The options that are not at their default."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> RebalanceConfig:
         """Make a configuration from a mapping, such as parsed JSON.

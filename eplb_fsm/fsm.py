@@ -50,6 +50,7 @@ class RebalanceFSM:
         "_is_armed",
         "_is_in_step",
         "_next_due",
+        "_num_quiesced",
         "_parts",
         "_pass_before",
         "_step_idx",
@@ -64,6 +65,7 @@ class RebalanceFSM:
         self._next_due = NEVER
         self._is_armed = False
         self._is_in_step = False
+        self._num_quiesced = 0
         parts.steps = lambda: self._step_idx
         if parts.watchdog is not None:
             parts.watchdog.start()
@@ -113,13 +115,37 @@ class RebalanceFSM:
             PeerFailed: Another rank raised one of these; with its message.
             ChannelError: The store is lost.
         """
-        engine = EngineSide(banks=banks, placements=placements, **engine_side)
+        side = EngineSide(banks=banks, placements=placements, **engine_side)
+        further = {"channel": channel, "transport": transport, "on_peer_lost": on_peer_lost}
+        return cls.connect_side(store, rank, world_size, side, config, name=name, generation=generation, **further)
+
+    @classmethod
+    def connect_side(
+        cls,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        side: EngineSide,
+        config: RebalanceConfig,
+        *,
+        name: str = "eplb",
+        generation: int = 0,
+        **further: Any,
+    ) -> RebalanceFSM:
+        """The same for an engine that hands over all that it brings in one piece.
+
+        Args:
+            store: As in :meth:`connect`, which also says what is raised.
+            rank: This rank.
+            world_size: Number of ranks of the agreement domain.
+            side: What the engine brings.
+            config: Equal on all ranks.
+            name: As in :meth:`connect`.
+            generation: Number of this membership.
+            **further: ``channel``, ``transport`` and ``on_peer_lost`` of :meth:`connect`.
+        """
         domain = Domain(rank, world_size, generation, name)
-        fsm = cls(
-            connect_parts(
-                store, domain, engine, config, channel=channel, transport=transport, on_peer_lost=on_peer_lost
-            )
-        )
+        fsm = cls(connect_parts(store, domain, side, config, **further))
         # A daemon thread inside a C++ call when the interpreter is finalized would abort the process.
         atexit.register(fsm.close)
         return fsm
@@ -155,7 +181,7 @@ class RebalanceFSM:
         """
         if self._is_armed or self._core.state is State.STOPPED:
             return
-        self._parts.meet("arm")
+        self._parts.meet("arm", 0)
         self._is_armed = True
         self._parts.is_suspended = False
         self._step_idx = 0
@@ -258,6 +284,30 @@ class RebalanceFSM:
     def request_unfreeze(self) -> None:
         """Take this rank's :meth:`request_freeze` back; any thread, never blocks."""
         self._driver.ask("Unfreeze", self._core.request_unfreeze)
+
+    def quiesce_now(self) -> None:
+        """Freeze here, between two forward passes, for an engine that cannot go on stepping; decode thread.
+
+        Blocks until no epoch is under way and all transfers are drained, on every rank. Legal only where all ranks
+        stand at the same step, which is checked first. The steps that the freeze takes are made here, as many on every
+        rank. :meth:`request_unfreeze` takes it back.
+
+        Raises:
+            UsageError: On every rank, with the steps: they differ. Nothing has changed.
+            ConsensusTimeout: Naming the ranks that did not call it within ``start_timeout_s``.
+            PeerFailed: Another rank was closed.
+            ChannelError: The store is lost.
+        """
+        if not self._is_armed:
+            return
+        self._num_quiesced += 1
+        self._parts.meet(f"quiesce_now() number {self._num_quiesced}", self._step_idx)
+        self.request_freeze()
+        while not self._driver.is_frozen:
+            if self._pass_before is not None:
+                self._pass_before -= 1  # a step that no pass of the engine has
+            self.step()
+            self._parts.nap()
 
     def request_stop(self) -> None:
         """Ask to end rebalancing for good; any thread, any rank, never blocks. Serving goes on.

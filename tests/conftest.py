@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
-_STARTS_PROCESSES = ("dist", "engines", "faults")
+_STARTS_PROCESSES = ("dist", "engines", "faults", "serving")
 
 # A run of a whole cluster takes longer than Hypothesis expects of an example, and machines differ.
 _WHOLE_CLUSTERS = (HealthCheck.too_slow, HealthCheck.data_too_large)

@@ -92,6 +92,7 @@ class LoadRecorder:
         self._ones = self._one
         self._nobody = torch.full((), -1, dtype=torch.int64, device=device)
         self._rows = _rows(self._total, shapes)
+        self._shapes = tuple(shapes)
         self._edges = {
             (bank, dtype): torch.arange(experts + 1, dtype=dtype, device=device)
             for bank, (_, experts) in enumerate(shapes)
@@ -138,6 +139,10 @@ class LoadRecorder:
         """Close the open bucket; the oldest closed one leaves the window."""
         self._open_bucket = self._next_bucket
         self._closers[self._open_bucket]()
+
+    def _bank_total(self, bank: int) -> torch.Tensor:
+        """A bank's part of the running total, (num_moe_layers, num_logical_experts + 2): expert e in column e + 1."""
+        return _bank(self._total, self._shapes, bank)
 
     @property
     def _next_bucket(self) -> int:

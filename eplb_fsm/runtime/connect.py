@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.core.votes import PROTOCOL_VERSION
+from eplb_fsm.errors import UsageError
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.runtime.assembly import check_banks, check_links, make_planner, plan_task
 from eplb_fsm.runtime.bank import Bank
@@ -101,7 +102,7 @@ def _connect(
         channel=channel,
         transport=transport,
         board=BackgroundMarkBoard(StoreMarkBoard(domain, store), domain.world_size),
-        meet=lambda word: _meet(handshake, word),
+        meet=lambda word, step_idx: _meet(handshake, word, step_idx),
         lag=lag,
     )
     mailbox = Mailbox()
@@ -162,5 +163,9 @@ def _describe(bank: Bank, placement: Placement) -> dict[str, Any]:
     }
 
 
-def _meet(handshake: Handshake, word: str) -> None:
-    handshake.exchange(word, {})
+def _meet(handshake: Handshake, word: str, step_idx: int) -> None:
+    steps = [other["step_idx"] for other in handshake.exchange(word, {"step_idx": step_idx})]
+    if len(set(steps)) > 1:
+        raise UsageError(
+            f"{word}: the ranks stand at steps {steps}, by rank; call it on all of them after the same forward pass"
+        )

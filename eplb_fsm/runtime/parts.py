@@ -37,6 +37,9 @@ from eplb_fsm.runtime.worker import Mailbox, Pace, Worker
 
 logger = logging.getLogger(__name__)
 
+_NAP_S = 0.001
+"""Deadlines count steps, so a step of a standing loop must not be much shorter than one of a loop that decodes."""
+
 
 @dataclass(slots=True, kw_only=True)
 class EngineSide:
@@ -71,14 +74,14 @@ class Links:
         channel: Carries votes.
         transport: Carries load, plans and rows.
         board: Shows marks, for resolving a lost decision; not shared with another thread.
-        meet: Blocks until all ranks have called it with the same word.
+        meet: Blocks until all ranks have called it with the same word; UsageError if their step indices differ.
         lag: Agreed steps between posting and reading a round, at start.
     """
 
     channel: VoteChannel
     transport: Transport
     board: MarkBoard
-    meet: Callable[[str], None]
+    meet: Callable[[str, int], None]
     lag: int
 
 
@@ -88,7 +91,7 @@ class Parts:
 
     Attributes:
         lag: Agreed steps between posting and reading a round, at start.
-        meet: Blocks until all ranks have called it with the same word.
+        meet: As in :class:`Links`.
         watchdog: None where liveness is watched otherwise (simulation).
         own_maps: The library's own map writer; None where the engine brought one.
         closers: Called by :meth:`close`, in order.
@@ -105,7 +108,7 @@ class Parts:
     mailbox: Mailbox
     gauge: StepGauge
     clock: Clock
-    meet: Callable[[str], None]
+    meet: Callable[[str, int], None]
     fail_stop: FailStopAction
     observers: tuple[Observer, ...] = ()
     watchdog: Watchdog | None = None
@@ -156,6 +159,10 @@ class Parts:
         if not silent and self.watchdog.is_board_lost:
             logger.error("rank %d: the store is lost too, so lost ranks cannot be named", self.domain.rank)
         return tuple(silent)
+
+    def nap(self) -> None:
+        """Let the worker and the other ranks get on while the decode loop stands still."""
+        time.sleep(_NAP_S)
 
     def close(self) -> None:
         """End threads, processes and groups; idempotent."""

@@ -206,7 +206,7 @@ class SimulatedCluster:
             domain,
             config,
             side,
-            Links(channel=channel, transport=transport, board=board, meet=lambda word: None, lag=self._lag),
+            Links(channel=channel, transport=transport, board=board, meet=lambda word, step_idx: None, lag=self._lag),
             task,
             staging=make_staging(config, rank, banks),
             mailbox=mailbox,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from eplb_fsm.core.states import State
 from eplb_fsm.core.votes import NUM_VOTE_WORDS
+from eplb_fsm.errors import UsageError
 from eplb_fsm.runtime.channel import PiggybackVoteChannel, join_int32, split_int32
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.transport import GlooTransport
@@ -242,3 +243,39 @@ def test_an_engine_that_does_not_deliver_is_told_so_at_once() -> None:
     for why, step_idx in run_ranks(2, _undelivered):
         assert "outgoing() to deliver() in every forward pass" in why
         assert step_idx == 20
+
+
+def _quiesce(link: RankLink) -> dict[str, Any]:
+    loop = DecodeLoop(link)
+    fsm = loop.fsm
+    seen: dict[str, Any] = {}
+    with fsm:
+        fsm.arm()
+        fsm.request_rebalance()
+        loop.run(lambda: fsm.state is State.TRANSFERRING)
+        fsm.quiesce_now()
+        health = fsm.health()
+        seen["quiet"] = (health.is_frozen, health.is_drained, fsm.step_idx, loop.outcome_names)
+        passes = loop.num_passes
+        fsm.request_unfreeze()
+        fsm.request_rebalance()
+        loop.run(lambda: len(fsm.outcomes) == 2)
+        seen["after"] = (loop.outcome_names[1], fsm.step_idx, loop.num_passes > passes)
+        if link.rank == 1:
+            loop.fsm.step()  # a pass that rank 0 has not made
+        with pytest.raises(UsageError) as raised:
+            fsm.quiesce_now()
+        seen["unequal"] = (str(raised.value), fsm.health().is_frozen)
+    return seen
+
+
+def test_quiesce_now_ends_an_epoch_between_two_passes() -> None:
+    """All ranks freeze at one step without a forward pass, serve on later, and are told if their steps differ."""
+    first, second = run_ranks(2, _quiesce)
+    assert first == second
+    is_frozen, is_drained, _, outcomes = first["quiet"]
+    assert (is_frozen, is_drained, outcomes) == (True, True, ["ABORTED(FROZEN)"])
+    assert first["after"][0] == "COMMITTED"
+    message, is_frozen = first["unequal"]
+    assert "the ranks stand at steps" in message
+    assert not is_frozen

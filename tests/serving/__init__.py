@@ -1,0 +1,1 @@
+"""Real serving engines, in a virtual environment of their own."""

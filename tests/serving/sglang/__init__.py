@@ -1,0 +1,1 @@
+"""SGLang on a CPU, with expert parallelism and with its own EPLB."""
