@@ -1,4 +1,4 @@
-"""The command line: `eplb-fsm demo`, `decode`, `plan`, `compare`, `spec`, `trace` and `simulate`.
+"""The command line: `eplb-fsm demo`, `decode`, `plan`, `compare`, `spec`, `trace`, `simulate`, `sglang` and `vllm`.
 
 Exit status: 0 all went as promised; 1 a promise was broken (runs differ, an epoch failed, nothing was committed, a
 rank was lost); 2 wrong usage or a configuration that cannot work; 130 interrupted.
@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from eplb_fsm.config import ENV_PREFIX, RebalanceConfig
+from eplb_fsm.engines.serve import make_serve
+from eplb_fsm.engines.switch import FLAG
 from eplb_fsm.errors import ConfigError, EplbError
 from eplb_fsm.modelcheck.command import add_spec_command, run_spec
 from eplb_fsm.modelcheck.trace_command import add_trace_command, run_trace
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from eplb_fsm.engines.reference.run import Tamper
 
 OK, BROKEN_PROMISE, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+SERVING_ENGINES = (
+    ("sglang", "SGLang", "python -m sglang.launch_server"),
+    ("vllm", "vLLM", "vllm"),
+)
 
 OPTION_FLAGS = {
     "--eplb-algorithm": "policy",
@@ -108,6 +115,14 @@ def make_parser() -> argparse.ArgumentParser:
         "each seed, and check every invariant.",
     )
     add_simulate_arguments(simulate)
+    for engine, title, example in SERVING_ENGINES:
+        serve = commands.add_parser(
+            engine,
+            help=f"start {title}, with {FLAG} if that is given",
+            prefix_chars="\0",  # every argument is the engine's own
+            add_help=False,
+        )
+        serve.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help=f"of {example}")
     return parser
 
 
@@ -326,6 +341,13 @@ def _offline(args: argparse.Namespace) -> int:
     return OK
 
 
+def _serve(args: argparse.Namespace) -> NoReturn:
+    """Become the engine's process, so that signals and the exit status are its own."""
+    serve = make_serve(args.command, args.arguments, os.environ)
+    sys.stdout.flush()
+    os.execve(serve.command[0], serve.command, serve.environ)
+
+
 class Failure(NamedTuple):
     """How a command ended that did not come to its end."""
 
@@ -339,6 +361,8 @@ def _run(args: argparse.Namespace, tamper: Tamper | None) -> int | Failure:
             return run_spec(args, os.environ)
         if args.command == "trace":
             return run_trace(args, os.environ)
+        if args.command in (engine for engine, *_ in SERVING_ENGINES):
+            _serve(args)
         _check_files(args)
         if args.command == "simulate":
             return _simulate(args)
