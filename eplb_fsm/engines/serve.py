@@ -49,8 +49,8 @@ def make_serve(engine: str, arguments: Sequence[str], environ: Mapping[str, str]
         allowed = environ.get(variable)
         if allowed is not None and _PLUGIN not in [name.strip() for name in allowed.split(",")]:
             raise ConfigError(
-                f"{variable} = {allowed!r} keeps {engine} from loading the plugin that {FLAG} needs; add {_PLUGIN} to it, "
-                "or unset it"
+                f"{variable} = {allowed!r} keeps {engine} from loading the plugin that {FLAG} needs; add {_PLUGIN} to "
+                "it, or unset it"
             )
         variables[VARIABLE] = "1"
     return Serve([sys.executable, "-m", _MODULES[engine], *passed], variables)

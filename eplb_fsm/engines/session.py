@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch.distributed as dist
+
 from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.engines.contract import EngineContract
 from eplb_fsm.errors import UsageError
@@ -37,6 +39,7 @@ class Session:
         self._engine = engine
         self._config = config
         self._fsm: RebalanceFSM | None = None
+        self._store: dist.Store | None = None
         self._generation = 0
         self._freezes: list[str] = []
         self.step: Callable[[], None] = _no_step
@@ -126,7 +129,6 @@ class Session:
         """
         if self._fsm is not None:
             raise UsageError("adopt() reads a map that the engine wrote: abandon() the machine before it writes one")
-        self._generation += 1
         self._connect()
         if self._freezes:
             self.fsm.request_freeze()
@@ -140,6 +142,9 @@ class Session:
 
     def _connect(self) -> EngineSide:
         meeting, side = self._engine.meeting(), self._engine.side()
+        # A store that was made for a new membership is as new to ranks that have just come.
+        self._generation = self._generation + 1 if meeting.store is self._store else 0
+        self._store = meeting.store
         self._fsm = RebalanceFSM.connect_side(
             meeting.store,
             meeting.rank,

@@ -80,17 +80,20 @@ class TensorMapWriter:
         placements: The placement of each bank at start.
         device: Where the engine reads them.
         is_weighted: Make room for weighted shares.
+        maps: Tables that the engine has already, to be written from the first commit on; None: they are made.
     """
 
     def __init__(
-        self, placements: Sequence[Placement], device: torch.device | str = "cpu", *, is_weighted: bool = False
+        self,
+        placements: Sequence[Placement],
+        device: torch.device | str = "cpu",
+        *,
+        is_weighted: bool = False,
+        maps: Sequence[BankMaps] | None = None,
     ) -> None:
-        self._widths = [table_width(placement, is_weighted=is_weighted) for placement in placements]
-        self.maps = tuple(self._tables(bank, placement, device) for bank, placement in enumerate(placements))
-
-    def _tables(self, bank: int, placement: Placement, device: torch.device | str) -> BankMaps:
-        rows = table_rows(placement, self._widths[bank], range(placement.num_moe_layers))
-        return BankMaps(*(torch.from_numpy(table).to(device) for table in rows))
+        made = maps or [_make_maps(placement, device, is_weighted=is_weighted) for placement in placements]
+        self.maps = tuple(made)
+        self._widths = [tables.logical_to_physical_map.shape[-1] for tables in made]
 
     def _rows(self, bank: int, placement: Placement, layers: Sequence[int]) -> tuple[Int64Array, ...]:
         """Return rows that are read only, for :meth:`prepare`."""
@@ -115,6 +118,12 @@ class TensorMapWriter:
         """Copy the new rows over the live ones."""
         assert isinstance(prepared, _Rows)
         torch._foreach_copy_(prepared.live, prepared.new)
+
+
+def _make_maps(placement: Placement, device: torch.device | str, *, is_weighted: bool) -> BankMaps:
+    width = table_width(placement, is_weighted=is_weighted)
+    rows = table_rows(placement, width, range(placement.num_moe_layers))
+    return BankMaps(*(torch.from_numpy(table).to(device) for table in rows))
 
 
 def table_rows(placement: Placement, width: int, layers: Sequence[int]) -> tuple[Int64Array, ...]:

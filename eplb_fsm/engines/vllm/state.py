@@ -1,0 +1,143 @@
+"""What stands in the place of vLLM's ``EplbState``: the same methods, driven by the state machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed.eplb.eplb_state import EplbState, _compute_eplb_load_stats
+from vllm.distributed.parallel_state import get_ep_group, get_node_count
+
+from eplb_fsm.engines.session import Session
+from eplb_fsm.engines.vllm.engine import VllmEngine
+from eplb_fsm.engines.vllm.options import Layout, check_supported, make_config
+from eplb_fsm.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+_SCALING = "elastic scaling"
+
+
+class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not installed where types are checked
+    """Rebalances in the background; what vLLM does where ranks come and go stays its own.
+
+    vLLM makes one, adds the models, and has :meth:`start_async_loop` called: there the machine is connected to the other
+    ranks. Before elastic scaling :meth:`drain_async` gives it up, vLLM's own reshuffle, which blocks, writes weights and
+    maps, and :meth:`start_async_loop` adopts what it wrote.
+
+    Args:
+        parallel_config: vLLM's.
+        device: Where the model is.
+
+    Raises:
+        ConfigError: What vLLM was started with cannot be rebalanced by this library.
+    """
+
+    is_v2_runner = False
+
+    def __init__(self, parallel_config: Any, device: torch.device) -> None:
+        check_supported(get_current_vllm_config(), is_v2_runner=self.is_v2_runner)
+        super().__init__(parallel_config, device)
+        self._engine = VllmEngine(self.model_states)
+        self.session: Session | None = None
+
+    def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
+        """Take a model, target or draft, before the machine is connected.
+
+        Raises:
+            UsageError: The machine is connected already.
+        """
+        if self.session is not None:
+            raise UsageError("a model was added after start_async_loop(); add draft and target model before it")
+        super().add_model(model, model_config, model_name)
+        # So that both model runners call start_async_loop() in synchronous mode too.
+        self.is_async = True
+        added = self.model_states[model_config.compute_hash()]
+        added.expert_load_window = added.expert_load_window[:0].clone()  # passes are summed, not kept
+
+    def start_async_loop(self, rank_mapping: dict[int, int] | None = None, is_profile: bool = False) -> None:
+        """Connect to the other ranks and try the experts out, or adopt the map that vLLM's reshuffle wrote; blocks."""
+        if self.session is None:
+            model = next(iter(self.model_states.values())).model
+            layout = Layout(_num_nodes(), model.num_expert_groups or 1, model.num_redundant_experts)
+            config = make_config(self.parallel_config.eplb_config, layout, os.environ)
+            self.session = Session(self._engine, config)
+            self.session.start()
+            logger.info("EPLB runs by eplb_fsm: %s", config.changed)
+        elif self.session.is_abandoned:
+            self.session.adopt()
+
+    def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
+        """Step the machine, after every forward pass, real or dummy, on every rank; a profiling pass counts on none."""
+        if is_profile or self.session is None:
+            return
+        self.expert_rearrangement_step += 1
+        if log_stats and self.expert_rearrangement_step % self._log_interval == 0:
+            self._log_balancedness()
+        if not self.session.is_abandoned:
+            self._engine.count_pass(is_dummy=is_dummy)
+        self.session.step()
+
+    def drain_async(self) -> None:
+        """Give the machine up before vLLM scales; all ranks call it after the same pass, and no transfer is left."""
+        if self.session is not None and not self.session.is_abandoned:
+            self.session.freeze_now(_SCALING)
+            self.session.abandon(_SCALING)
+            self.session.unfreeze(_SCALING)
+
+    def rearrange(
+        self,
+        is_profile: bool = False,
+        rank_mapping: dict[int, int] | None = None,
+        use_last_expert_load: bool = False,
+    ) -> torch.Tensor | None:
+        """Reshuffle as vLLM does when it scales: blocks, and needs the machine to be given up.
+
+        Raises:
+            UsageError: It is not, and both would write the same rows.
+        """
+        if self.session is not None and not self.session.is_abandoned:
+            raise UsageError("rearrange() moves experts itself: drain_async() first")
+        is_async, self.is_async = self.is_async, False
+        try:
+            result: torch.Tensor | None = super().rearrange(is_profile, rank_mapping, use_last_expert_load)
+        finally:
+            self.is_async = is_async
+        return result
+
+    @property
+    def _log_interval(self) -> int:
+        interval: int = self.parallel_config.eplb_config.log_balancedness_interval
+        return interval
+
+    def _log_balancedness(self) -> None:
+        """Log what ``log_balancedness`` promises, of the last pass; blocks in a collective, as vLLM's does."""
+        group = get_ep_group()
+        for counts, state in zip(self._sync_load_pass(), self.model_states.values(), strict=True):
+            of_ranks = counts.reshape(len(counts), group.world_size, -1).sum(-1).float()
+            average, most = (float(value) for value in _compute_eplb_load_stats(of_ranks))
+            if group.rank_in_group == 0:
+                logger.info(
+                    "EPLB step %d, model %s: avg_tokens=%.2f, max_tokens=%d, balancedness=%.4f, %s",
+                    self.expert_rearrangement_step,
+                    state.model_name,
+                    average,
+                    most,
+                    average / most if most else 0.0,
+                    "scaling" if self.session is None or self.session.is_abandoned else self.session.fsm.state.value,
+                )
+
+
+class BackgroundEplbStateV2(BackgroundEplbState):
+    """The same under vLLM's second model runner, whose ranks step after every pass of every kind."""
+
+    is_v2_runner = True
+
+
+def _num_nodes() -> int:
+    """Nodes of the expert-parallel group; 1 where its ranks do not divide among them, as in vLLM."""
+    nodes: int = get_node_count()
+    return nodes if get_ep_group().world_size % nodes == 0 else 1
