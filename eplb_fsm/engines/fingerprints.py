@@ -1,12 +1,14 @@
 """Whether an engine's code is still the code that an adapter was written for.
 
 An adapter replaces some symbols of its engine and relies on others. What each of them was in a tested version is kept
-as a fingerprint of its source. Reading one imports nothing of the engine but the packages above the module.
+as a fingerprint of its source, in the adapter's ``tested.json``, which ``tools/fingerprint_engine.py`` writes. Reading
+one imports nothing of the engine but the packages above the module.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -47,6 +49,17 @@ def fingerprint(symbol: str) -> str:
 def take_fingerprints(symbols: Iterable[str]) -> dict[str, str]:
     """Return the fingerprints of some symbols of the installed engine."""
     return {symbol: fingerprint(symbol) for symbol in symbols}
+
+
+def read_tested(engine: str) -> dict[str, dict[str, str]]:
+    """Return the fingerprints of each tested version of an engine ("sglang", "vllm")."""
+    tested: dict[str, dict[str, str]] = json.loads(tested_file(engine).read_text(encoding="utf-8"))
+    return tested
+
+
+def tested_file(engine: str) -> Path:
+    """Return where an adapter keeps them."""
+    return Path(__file__).with_name(engine) / "tested.json"
 
 
 def check_fingerprints(engine: str, version: str, tested: Mapping[str, Fingerprints]) -> str:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from eplb_fsm.engines.fingerprints import check_fingerprints
-from eplb_fsm.engines.sglang.tested import TESTED
+from eplb_fsm.engines.fingerprints import check_fingerprints, read_tested
 from eplb_fsm.engines.switch import VARIABLE, is_asked
 from eplb_fsm.errors import ConfigError, EplbError
 
@@ -33,7 +32,7 @@ def register() -> None:
     try:
         if not is_asked(os.environ):
             return
-        check_fingerprints("SGLang", version("sglang"), TESTED)
+        check_fingerprints("SGLang", version("sglang"), read_tested("sglang"))
         _hook()
     except EplbError as error:
         sys.exit(f"{VARIABLE} is set, but SGLang cannot rebalance in the background: {error}")

@@ -66,7 +66,8 @@ class VllmEngine:
     def probe(self, bank: int) -> Probe | None:
         """Of the kernel that a layer's quantisation has chosen; None where it routes by itself."""
         experts = self._experts[bank]
-        if any(module.quant_method.is_monolithic for module in experts.modules):
+        modules: Sequence[Any] = experts.modules
+        if any(module.quant_method.is_monolithic for module in modules):
             return None
         return make_probe(experts, run_slot, "hidden_size")
 

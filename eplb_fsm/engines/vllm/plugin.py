@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from eplb_fsm.engines.fingerprints import check_fingerprints
+from eplb_fsm.engines.fingerprints import check_fingerprints, read_tested
 from eplb_fsm.engines.late import on_import
 from eplb_fsm.engines.switch import VARIABLE, is_asked
-from eplb_fsm.engines.vllm.tested import TESTED
 from eplb_fsm.errors import ConfigError, EplbError
 
 RUNNERS = {
@@ -27,17 +28,17 @@ def register() -> None:
     try:
         if not is_asked(os.environ):
             return
-        check_fingerprints("vLLM", _version(), TESTED)
+        check_fingerprints("vLLM", _version(), read_tested("vllm"))
     except EplbError as error:
         sys.exit(f"{VARIABLE} is set, but vLLM cannot rebalance in the background: {error}")
     for module, name in RUNNERS.items():
-        on_import(module, lambda runner, name=name: _replace(runner, name))
+        on_import(module, partial(_replace, name))
 
 
-def _replace(runner: object, name: str) -> None:
+def _replace(name: str, runner: Any) -> None:
     from eplb_fsm.engines.vllm import state
 
-    runner.EplbState = getattr(state, name)  # type: ignore[attr-defined]
+    runner.EplbState = getattr(state, name)
 
 
 def _version() -> str:

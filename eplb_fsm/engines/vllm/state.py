@@ -24,9 +24,9 @@ _SCALING = "elastic scaling"
 class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not installed where types are checked
     """Rebalances in the background; what vLLM does where ranks come and go stays its own.
 
-    vLLM makes one, adds the models, and has :meth:`start_async_loop` called: there the machine is connected to the other
-    ranks. Before elastic scaling :meth:`drain_async` gives it up, vLLM's own reshuffle, which blocks, writes weights and
-    maps, and :meth:`start_async_loop` adopts what it wrote.
+    vLLM makes one, adds the models, and has :meth:`start_async_loop` called: there the machine is connected to the
+    other ranks. Before elastic scaling :meth:`drain_async` gives it up, vLLM's own reshuffle, which blocks, writes
+    weights and maps, and :meth:`start_async_loop` adopts what it wrote.
 
     Args:
         parallel_config: vLLM's.
@@ -72,7 +72,10 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
 
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
         """Step the machine, after every forward pass, real or dummy, on every rank; a profiling pass counts on none."""
-        if is_profile or self.session is None:
+        if self.session is None:
+            return
+        if is_profile:
+            self._engine.count_pass(is_dummy=True)
             return
         self.expert_rearrangement_step += 1
         if log_stats and self.expert_rearrangement_step % self._log_interval == 0:

@@ -26,8 +26,9 @@ def _register(link: RankLink, sources: Path, asked: str, tampered: str) -> dict[
     module = sys.modules[register.__module__]
     module.version = lambda package: light.VERSION
     if tampered:
-        symbols = dict(module.TESTED[light.VERSION])
-        module.TESTED = {light.VERSION: {**symbols, tampered: "another"}}
+        tested = module.read_tested("sglang")
+        tested[light.VERSION][tampered] = "another"
+        module.read_tested = lambda engine: tested
     said: object = None
     try:
         register()

@@ -1,0 +1,209 @@
+"""vLLM's own EPLB modules and V2 controller, in gloo processes, with this library's state in the place of theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eplb_fsm.core.states import State
+from eplb_fsm.errors import BankError, ConfigError, UsageError
+from tests.dist.harness import RankFailedError, RankLink, run_ranks
+from tests.serving.light import sources_of
+from tests.serving.vllm.light import VERSION, eplb_config
+from tests.serving.vllm.light_engine import LightEngine
+
+
+@pytest.fixture(scope="module")
+def sources() -> Path:
+    """The files of vLLM."""
+    return sources_of("vllm", VERSION)
+
+
+def _names(outcomes: Any) -> list[str]:
+    return [f"{o.kind.name}{f'({o.reason.name})' if o.reason else ''}" for o in outcomes]
+
+
+def _serve(link: RankLink, sources: Path, num_epochs: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    engine = LightEngine(link, sources, **arguments)
+    engine.load()
+    engine.run_epochs(num_epochs)
+    states = list(engine.state.model_states.values())
+    load = engine.fsm._parts.load_source
+    load.rotate()
+    return {
+        "outcomes": _names(engine.fsm.outcomes),
+        "steps": (engine.fsm.step_idx, engine.num_passes),
+        "maps": [state.physical_to_logical_map.tolist() for state in states],
+        "placements": [placement.physical_to_logical_map.tolist() for placement in engine.fsm.placements],
+        "right": engine.slots_are_right(),
+        "counted": (int(load._total.sum()), engine.num_routed),
+        "own thread": engine.state.async_worker,
+    }
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_models", [1, 2])
+def test_every_token_reaches_its_expert_through_epochs(sources: Path, num_ranks: int, num_models: int) -> None:
+    """Through five epochs of one or two models every token has its experts' result, and vLLM's maps are true."""
+    results = run_ranks(num_ranks, _serve, sources, 6, {"num_models": num_models}, timeout_s=100)
+    for name in ("outcomes", "steps", "maps"):
+        assert all(result[name] == results[0][name] for result in results)
+    first = results[0]
+    assert first["outcomes"].count("COMMITTED") >= 5, first["outcomes"]
+    assert first["steps"][0] == first["steps"][1]
+    assert first["maps"] == first["placements"]
+    assert first["own thread"] is None
+    for result in results:
+        assert result["right"]
+        assert result["counted"][0] == result["counted"][1]
+
+
+def test_use_async_false_is_the_synchronous_mode(sources: Path) -> None:
+    """With `use_async=False` the same machine runs through a whole epoch inside one step."""
+    arguments = {"eplb_config": eplb_config(use_async=False)}
+    first, second = run_ranks(2, _serve, sources, 3, arguments, timeout_s=100)
+    assert first["outcomes"] == second["outcomes"]
+    assert first["outcomes"].count("COMMITTED") >= 2
+    assert first["right"]
+    assert second["right"]
+
+
+def _serve_stock(link: RankLink, sources: Path) -> Any:
+    engine = LightEngine(link, sources, stock=True)
+    engine.load()
+    (state,) = engine.state.model_states.values()
+    before = state.physical_to_logical_map.tolist()
+    engine.run_passes(80)
+    return before != state.physical_to_logical_map.tolist(), engine.slots_are_right()
+
+
+def test_the_harness_agrees_with_vllms_own_state(sources: Path) -> None:
+    """The same passes with vLLM's own asynchronous EPLB move experts too, and every token has its experts' result."""
+    assert run_ranks(2, _serve_stock, sources) == [(True, True)] * 2
+
+
+def _serve_with_a_wrong_map(link: RankLink, sources: Path) -> None:
+    engine = LightEngine(link, sources)
+    engine.load()
+    engine.run_passes(2)
+    (state,) = engine.state.model_states.values()
+    state.logical_to_physical_map[1, [14, 15]] = state.logical_to_physical_map[1, [15, 14]]
+    engine.run_passes(8)
+
+
+def test_a_wrong_map_is_noticed(sources: Path) -> None:
+    """Were a token sent to another expert, the comparison would fail."""
+    with pytest.raises(RankFailedError, match="Tensor-likes are not close"):
+        run_ranks(2, _serve_with_a_wrong_map, sources)
+
+
+def _dummies(link: RankLink, sources: Path) -> dict[str, Any]:
+    engine = LightEngine(link, sources)
+    engine.load()
+    engine.forward(is_profile=True)
+    after_profile = engine.fsm.step_idx
+    for idle_rank in (0, 1, 0, 1, 0):  # who has no requests makes dummy passes
+        for _ in range(30):
+            engine.forward(is_dummy=link.rank == idle_rank)
+    load = engine.fsm._parts.load_source
+    load.rotate()
+    per_pass = engine.num_routed // engine.num_passes
+    (state,) = engine.state.model_states.values()
+    return {
+        "profile": after_profile,
+        "steps": engine.fsm.step_idx,
+        "counted passes": int(load._total.sum()) / per_pass,
+        "left over": int(state.expert_load_pass.sum()),
+    }
+
+
+def test_dummy_passes_step_and_count_no_tokens(sources: Path) -> None:
+    """A dummy pass of an idle rank is a step whose tokens count for nothing; a profiling pass is no step."""
+    first, second = run_ranks(2, _dummies, sources)
+    assert (first["profile"], second["profile"]) == (0, 0)
+    assert (first["steps"], second["steps"]) == (150, 150)
+    assert (first["counted passes"], second["counted passes"]) == (60, 90)
+    assert (first["left over"], second["left over"]) == (0, 0)
+
+
+def _scale(link: RankLink, sources: Path) -> dict[str, Any]:
+    engine = LightEngine(link, sources)
+    engine.load()
+    engine.hot = 5
+    for _ in range(4000):
+        if engine.fsm.state is State.TRANSFERRING:
+            break
+        engine.forward()
+    with pytest.raises(UsageError, match=r"drain_async\(\) first"):
+        engine.state.rearrange()
+    drained = engine.fsm
+    engine.state.drain_async()  # as vLLM's elastic executor does it, between two passes
+    health = drained.health()
+    (state,) = engine.state.model_states.values()
+    state.expert_load_window = torch.ones(20, *state.expert_load_pass.shape, dtype=torch.int32)
+    engine.run_passes(3)  # passes go on meanwhile
+    before = state.physical_to_logical_map.tolist()
+    engine.state.rearrange(use_last_expert_load=True)
+    reshuffled = before != state.physical_to_logical_map.tolist(), engine.slots_are_right()
+    engine.state.start_async_loop()
+    engine.run_epochs(2)
+    return {
+        "drained": (health.is_frozen, health.is_drained, _names(drained.outcomes)),
+        "reshuffled": reshuffled,
+        "after": (_names(engine.fsm.outcomes), engine.slots_are_right()),
+    }
+
+
+def test_elastic_scaling_drains_reshuffles_by_itself_and_is_adopted(sources: Path) -> None:
+    """Drained in the middle of an epoch, vLLM's reshuffle writes the map, and further epochs start from it."""
+    first, second = run_ranks(2, _scale, sources)
+    assert first == second
+    assert first["drained"] == (True, True, ["ABORTED(FROZEN)"])
+    assert first["reshuffled"][1]
+    outcomes, is_right = first["after"]
+    assert "COMMITTED" in outcomes
+    assert is_right
+
+
+def _start_refused(link: RankLink, sources: Path, case: str, arguments: dict[str, Any]) -> str:
+    try:
+        engine = LightEngine(link, sources, **arguments)
+        experts: Any = engine.models[0].moe_layers[1].routed_experts
+        if case == "unregistered":
+            engine.models[0].moe_layers[1].get_expert_weights = lambda: [
+                experts.w13_weight.view(len(experts.w2_weight), -1)
+            ]
+        elif case == "repacked":
+            packed = experts.w2_weight.clone()
+            experts.forward_modular = lambda x, weights, ids: x @ experts.w13_weight[0] @ packed[0]
+        if case == "V1":
+            from eplb_fsm.engines.vllm.state import BackgroundEplbState
+
+            BackgroundEplbState(engine.config.parallel_config, torch.device("cpu"))
+        engine.load()
+    except (ConfigError, BankError) as error:
+        return str(error)
+    return "started"
+
+
+@pytest.mark.parametrize(
+    ("case", "arguments", "reason"),
+    [
+        ("V1", {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2 with the V1 model runner"),
+        ("V1", {"runner_type": "pooling"}, "a pooling model with the V1 model runner"),
+        ("V2", {"runner_type": "pooling"}, "started"),
+        ("", {"eplb_config": eplb_config(policy="swipe")}, "policy='swipe'"),
+        ("", {"options": {"REPLICA_SPLIT": "weighted"}}, "every rank has to pick the same replica"),
+        ("unregistered", {}, "every layer must register the same tensors"),
+        ("repacked", {}, "gave another output after its registered tensors"),
+    ],
+)
+def test_what_would_not_be_moved_is_refused_at_start(
+    sources: Path, case: str, arguments: dict[str, Any], reason: str
+) -> None:
+    """What vLLM was started with, or a tensor that would stay behind, ends the start with the reason on all ranks."""
+    for message in run_ranks(2, _start_refused, sources, case, arguments):
+        assert reason in message

@@ -1,0 +1,81 @@
+"""The plugin that vLLM finds: inert unless asked, and an exit with the reason where it cannot do what was asked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.harness import RankLink, run_ranks
+from tests.serving.light import sources_of
+from tests.serving.vllm import light
+
+RUNNER = "vllm.v1.worker.gpu.eplb_utils"
+
+
+def _register(link: RankLink, sources: Path, asked: str, tampered: str, is_imported: bool) -> dict[str, Any]:
+    """Load the plugin as vLLM does, in a process of its own, before or after the runner's module is imported."""
+    os.environ["ENABLE_EPLB_REBALANCE_ASYNC"] = asked
+    light.install(sources, link.store(), link.rank, link.world_size)
+    if is_imported:
+        import_module(RUNNER)
+    (plugin,) = entry_points(group="vllm.general_plugins", name="eplb_fsm")
+    register = plugin.load()
+    module = sys.modules[register.__module__]
+    module._version = lambda: light.VERSION
+    if tampered:
+        tested = module.read_tested("vllm")
+        tested[light.VERSION][tampered] = "another"
+        module.read_tested = lambda engine: tested
+    said: object = None
+    finders = list(sys.meta_path)
+    try:
+        register()
+    except SystemExit as error:
+        said = error.code
+    imported_early = not is_imported and RUNNER in sys.modules
+    runner = import_module(RUNNER)
+    return {
+        "said": said,
+        "state": runner.EplbState.__name__,
+        "imported early": imported_early,
+        "finders": len(sys.meta_path) - len(finders),
+        "source is found": "class EPLBController" in (runner.__loader__.get_source(RUNNER) or ""),
+    }
+
+
+@pytest.fixture(scope="module")
+def sources() -> Path:
+    """The files of vLLM."""
+    return sources_of("vllm", light.VERSION)
+
+
+@pytest.mark.parametrize("asked", ["", "off"])
+def test_the_plugin_is_inert_unless_asked(sources: Path, asked: str) -> None:
+    """Without the switch nothing of vLLM is replaced, and no import is watched."""
+    (seen,) = run_ranks(1, _register, sources, asked, "", False)
+    assert (seen["said"], seen["state"], seen["finders"]) == (None, "EplbState", 0)
+
+
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_the_plugin_replaces_the_state_where_asked(sources: Path, is_imported: bool) -> None:
+    """With the switch the V2 runner makes our state, whether its module was imported before or is later."""
+    (seen,) = run_ranks(1, _register, sources, "1", "", is_imported)
+    assert (seen["said"], seen["state"]) == (None, "BackgroundEplbStateV2")
+    assert not seen["imported early"]
+    assert seen["finders"] == 1  # for the V1 runner, which nobody has imported
+    assert seen["source is found"]
+
+
+def test_a_changed_symbol_ends_the_start_with_the_reason(sources: Path) -> None:
+    """Where vLLM's code is not that of a tested version, the process exits and names what differs."""
+    changed = "vllm.distributed.eplb.eplb_state:EplbState"
+    (seen,) = run_ranks(1, _register, sources, "1", changed, False)
+    assert changed in seen["said"]
+    assert "install a tested version (0.32.0)" in seen["said"]
+    assert seen["state"] == "EplbState"
