@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -124,8 +125,8 @@ def install(
 def _stand_in_config(config: SimpleNamespace) -> None:
     stand_in("vllm.config.utils", compute_hash_cached=lambda model_config: model_config.compute_hash())
     stand_in("vllm.config.parallel", EPLBPolicyOption=Literal["default"])
-    package = stand_in("vllm.config", ModelConfig=object, ParallelConfig=object, get_current_vllm_config=lambda: config)
-    package.__path__ = []
+    contents = {"ModelConfig": object, "ParallelConfig": object, "get_current_vllm_config": lambda: config}
+    vars(sys.modules["vllm.config"]).update(contents)
     stand_in("vllm.logger", init_logger=lambda name: _Logger(logging.getLogger(name), {}))
     stand_in(
         "vllm.model_executor.models.interfaces",
