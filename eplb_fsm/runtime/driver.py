@@ -350,6 +350,16 @@ class Driver:
             return ""
         self.outcomes = [*self.outcomes[1 - _NUM_KEPT_OUTCOMES :], outcome]
         self.num_outcomes[outcome.kind.name] += 1
+        if self.core.rank == 0:  # agreed, so one rank is enough
+            logger.info(
+                "epoch %d: %s%s, %d chunks live, steps %d to %d",
+                outcome.epoch,
+                outcome.kind.name,
+                f"({outcome.reason.name})" if outcome.reason else "",
+                outcome.num_commits,
+                outcome.start_step,
+                outcome.end_step,
+            )
         return outcome.kind.name
 
     def _log(self, decision: Decision) -> None:

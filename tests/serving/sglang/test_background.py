@@ -1,0 +1,78 @@
+"""SGLang with this library's rebalance, whole engines on CPUs: the tokens stay, experts move, and it serves meanwhile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.serving.sglang.checkpoint import make_checkpoint
+from tests.serving.sglang.harness import (
+    PROMPTS,
+    EngineFailedError,
+    Outcome,
+    own_eplb,
+    requires_sglang,
+    run_engine,
+)
+from tests.serving.sglang.serve import serving
+
+pytestmark = [requires_sglang, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+TOKENS = 96
+
+BACKGROUND = {
+    "ENABLE_EPLB_REBALANCE_ASYNC": "1",
+    "EPLB_FSM_IDLE_ROUND_INTERVAL": "2",
+    "EPLB_FSM_MIN_GAIN": "0",
+    "EPLB_FSM_HORIZON_STEPS": "0",
+    "EPLB_FSM_TARGET_BALANCEDNESS": "1",
+    "EPLB_FSM_COMMIT_BYTES": "100000",
+    "EPLB_FSM_MAX_SLOWDOWN": "0",
+}
+"""Epochs of several chunks as often as the load changes at all."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that all engines here load."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What one rank generates."""
+    return run_engine(checkpoint, tmp_path_factory.mktemp("reference"), tokens=TOKENS)
+
+
+def epochs(log: str, kind: str = "COMMITTED") -> Sequence[str]:
+    """The lines that say how epochs ended."""
+    return re.findall(rf"epoch \d+: {kind}.*", log)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_tokens_stay_through_epochs(checkpoint: Path, reference: Outcome, tmp_path: Path, ranks: int) -> None:
+    """With EP2 and EP4 at least five epochs commit, and every token is that of one rank without any EPLB."""
+    outcome = run_engine(
+        checkpoint, tmp_path, ranks=ranks, arguments=own_eplb(10), variables=BACKGROUND, tokens=TOKENS, rounds=3
+    )
+    assert len(epochs(outcome.log)) >= 5, epochs(outcome.log, "")
+    assert outcome.tokens == reference.tokens * 3
+
+
+def test_the_server_answers_meanwhile(checkpoint: Path, reference: Outcome, tmp_path: Path) -> None:
+    """Over HTTP every answer is that of one rank while at least five epochs commit."""
+    with serving(checkpoint, tmp_path, ranks=2, arguments=own_eplb(10), variables=BACKGROUND) as server:
+        for _ in range(8):
+            assert [server.generate(prompt, TOKENS) for prompt in PROMPTS] == reference.tokens[0]
+            if len(epochs(server.log)) >= 5:
+                break
+        assert len(epochs(server.log)) >= 5, epochs(server.log, "")
+
+
+def test_asked_without_eplb_it_does_not_start(checkpoint: Path, tmp_path: Path) -> None:
+    """With the switch and without --enable-eplb the server ends at its start and says what to change."""
+    with pytest.raises(EngineFailedError, match="start with --enable-eplb"):
+        run_engine(checkpoint, tmp_path, ranks=2, variables=BACKGROUND, tokens=4)
