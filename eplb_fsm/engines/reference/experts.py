@@ -154,6 +154,11 @@ class ParallelExperts(torch.nn.Module):
         mine = results.index_select(0, torch.from_numpy(routes.back))
         return _combine(mine.view(tokens, self._top_k, self.hidden), top_k_weights)
 
+    def run_slot(self, hidden: torch.Tensor, slot: int) -> torch.Tensor:
+        """Return the output of one local slot for `(rows, hidden)`, by the products that a pass makes."""
+        gate, up = torch.mm(hidden, self._gate_up_rows[slot]).chunk(2, dim=-1)
+        return torch.mm(functional.silu(gate) * up, self._down_rows[slot])
+
     def _choose_slots(self, logical: torch.Tensor) -> torch.Tensor:
         """Returns the physical slot of each assignment, int64 `(tokens, top_k)`; replicas by token number."""
         maps = self.maps

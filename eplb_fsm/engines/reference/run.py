@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.core.rank import Outcome
+from eplb_fsm.engines.reference.contract import ReferenceEngine
 from eplb_fsm.engines.reference.loop import DecodeLoop
 from eplb_fsm.engines.reference.model import WEIGHTS, ParallelModel, load_model
 from eplb_fsm.engines.reference.ranks import RankContext
 from eplb_fsm.engines.reference.requests import SlotRequests, Workload
 from eplb_fsm.engines.reference.timeline import Timeline
+from eplb_fsm.engines.session import Session
 from eplb_fsm.fsm import RebalanceFSM
 from eplb_fsm.observe.trace import NdjsonTrace
 from eplb_fsm.placement.placement import Placement
-from eplb_fsm.runtime.bank import Bank
-from eplb_fsm.runtime.failstop import raise_error
 
 Tamper = Callable[[str, int, int, ParallelModel], None]
 """`tamper(run, rank, steps, model)`, called after every step: lets a test damage a rank's maps or weights."""
@@ -173,7 +174,10 @@ def run_rank(context: RankContext, spec: RunSpec, tamper: Tamper | None = None) 
         return RankRun(timeline=watch.loop.run(watch.after_step), placement=spec.placement)
     trace = NdjsonTrace(spec.trace, context.rank) if spec.trace is not None else None
     try:
-        with _connect(context, spec, model, trace) as fsm:
+        engine = ReferenceEngine(context, model, spec.name, () if trace is None else (trace,))
+        with closing(Session(engine, spec.config)) as session:
+            session.start()
+            fsm = session.fsm
             maps = fsm.maps()
             model.bind_maps(maps.logical_to_physical_map, maps.logical_replica_count)
             _warm_up(model, spec, context.rank)
@@ -187,24 +191,6 @@ def run_rank(context: RankContext, spec: RunSpec, tamper: Tamper | None = None) 
     finally:
         if trace is not None:
             trace.close()
-
-
-def _connect(context: RankContext, spec: RunSpec, model: ParallelModel, trace: NdjsonTrace | None) -> RebalanceFSM:
-    assert spec.config is not None
-    placement = spec.placement
-    bank = Bank("model", placement.num_logical_experts, placement.num_physical_experts, model.expert_tensors)
-    observers: Any = () if trace is None else (trace,)
-    return RebalanceFSM.connect(
-        context.store,
-        context.rank,
-        context.world_size,
-        [bank],
-        [placement],
-        spec.config,
-        name=f"eplb-{spec.name}",
-        observers=observers,
-        fail_stop=raise_error,  # an exception ends a rank of this engine
-    )
 
 
 def _measured(fsm: RebalanceFSM, watch: _Watch) -> RankRun:
