@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from functools import partial
@@ -39,6 +40,17 @@ def _replace(name: str, runner: Any) -> None:
     from eplb_fsm.engines.vllm import state
 
     runner.EplbState = getattr(state, name)
+    _log_as_vllm()
+
+
+def _log_as_vllm() -> None:
+    """Have what this library logs come out where vLLM logs, which sets up no logger but its own."""
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("eplb_fsm")
+    if theirs.handlers and not any(handler in ours.handlers for handler in theirs.handlers):
+        ours.setLevel(theirs.level)
+        ours.propagate = False
+        for handler in theirs.handlers:
+            ours.addHandler(handler)
 
 
 def _version() -> str:

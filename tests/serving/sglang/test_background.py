@@ -1,4 +1,4 @@
-"""SGLang with this library's rebalance, whole engines on CPUs: the tokens stay, experts move, and it serves meanwhile."""
+"""SGLang with this library's rebalance, whole engines on CPUs: tokens stay, experts move, and it serves meanwhile."""
 
 from __future__ import annotations
 
