@@ -54,6 +54,7 @@ class RebalanceFSM:
         "_parts",
         "_pass_before",
         "_step_idx",
+        "_window_lead",
     )
 
     def __init__(self, parts: Parts) -> None:
@@ -66,6 +67,8 @@ class RebalanceFSM:
         self._is_armed = False
         self._is_in_step = False
         self._num_quiesced = 0
+        config = parts.config
+        self._window_lead = config.step_interval - config.window_size if config.step_interval else 0
         parts.steps = lambda: self._step_idx
         if parts.watchdog is not None:
             parts.watchdog.start()
@@ -346,6 +349,15 @@ class RebalanceFSM:
     def placements(self) -> tuple[Placement, ...]:
         """The live placement of each bank."""
         return self._parts.runner.placements
+
+    @property
+    def is_window_open(self) -> bool:
+        """Whether the next step may be one of the ``window_size`` ones before an epoch that the interval starts.
+
+        An engine need not count in others, unless it calls :meth:`request_rebalance`: an epoch that is asked for has no
+        load then.
+        """
+        return self._step_idx >= self._core.epoch_start_step + self._window_lead
 
     @property
     def moved_bytes(self) -> int:

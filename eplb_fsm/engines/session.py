@@ -74,6 +74,11 @@ class Session:
         """No machine is there: rebalancing was abandoned, or has not been started."""
         return self._fsm is None
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether the load of the next pass may be part of the window that a plan is made from."""
+        return self._fsm is not None and self._fsm.is_window_open
+
     # -- standing still -------------------------------------------------------------------------------------
 
     def request_freeze(self, reason: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from eplb_fsm.load.recorder import LoadRecorder
@@ -42,6 +43,27 @@ class PhysicalLoadRecorder(LoadRecorder):
             counts: (num_moe_layers, num_physical_experts) tokens, any integer dtype, on the recorder's device.
         """
         self._open[bank].add_(counts)
+
+    def taker(self, bank: int, counts: torch.Tensor) -> Callable[[], object]:
+        """Return what takes the counts of a pass out of an engine's own tensor, and sets that to zero.
+
+        Args:
+            bank: Number of the bank.
+            counts: As for :meth:`add`; the same tensor for good.
+        """
+        if counts.device.type == "cpu":  # numpy's calls cost a fraction of torch's where there is so little to add
+            mine, theirs = self._open[bank].numpy(), counts.numpy()
+
+            def take() -> None:
+                np.add(mine, theirs, out=mine)
+                theirs.fill(0)
+        else:
+
+            def take() -> None:
+                self._open[bank].add_(counts)
+                counts.zero_()
+
+        return take
 
     def remap(self, bank: int, layers: torch.Tensor, rows: torch.Tensor) -> None:
         """Say what the slots of some layers hold from here on.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class VllmEngine:
         self._experts: list[Experts] = []
         self._load: PhysicalLoadRecorder | None = None
         self._counts: list[torch.Tensor] = []
+        self._takers: list[Callable[[], object]] = []
 
     def meeting(self) -> Meeting:
         """The expert-parallel group; with elastic scaling every membership has a store of its own."""
@@ -55,6 +56,7 @@ class VllmEngine:
         self._experts = [_find_experts(state, placement) for state, placement in zip(states, placements, strict=True)]
         self._counts = [state.expert_load_pass for state in states]
         self._load = PhysicalLoadRecorder(placements, self._counts[0].device)
+        self._takers = [self._load.taker(bank, counts) for bank, counts in enumerate(self._counts)]
         maps = [_maps(state, placement) for state, placement in zip(states, placements, strict=True)]
         return EngineSide(
             banks=[experts.bank for experts in self._experts],
@@ -71,12 +73,14 @@ class VllmEngine:
             return None
         return make_probe(experts, run_slot, "hidden_size")
 
-    def count_pass(self, *, is_dummy: bool) -> None:
-        """Take what the layers have counted in the last pass, unless nobody asked for its tokens."""
-        assert self._load is not None
-        for bank, counts in enumerate(self._counts):
-            if not is_dummy:
-                self._load.add(bank, counts)
+    def count_pass(self) -> None:
+        """Take what the layers have counted in the last pass."""
+        for take in self._takers:
+            take()
+
+    def forget_pass(self) -> None:
+        """Drop what the layers have counted in the last pass: nobody asked for its tokens."""
+        for counts in self._counts:
             counts.zero_()
 
 

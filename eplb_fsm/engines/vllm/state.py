@@ -43,6 +43,7 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
         super().__init__(parallel_config, device)
         self._engine = VllmEngine(self.model_states)
         self.session: Session | None = None
+        self._is_recording = True
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
         """Take a model, target or draft, before the machine is connected.
@@ -72,17 +73,20 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
 
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
         """Step the machine, after every forward pass, real or dummy, on every rank; a profiling pass counts on none."""
-        if self.session is None:
+        session = self.session
+        if session is None:
             return
         if is_profile:
-            self._engine.count_pass(is_dummy=True)
+            self._engine.forget_pass()
             return
         self.expert_rearrangement_step += 1
         if log_stats and self.expert_rearrangement_step % self._log_interval == 0:
             self._log_balancedness()
-        if not self.session.is_abandoned:
-            self._engine.count_pass(is_dummy=is_dummy)
-        self.session.step()
+        if self._is_recording:
+            self._engine.forget_pass() if is_dummy else self._engine.count_pass()
+        session.step()
+        if session.is_recording != self._is_recording or log_stats:
+            self._record(session.is_recording or log_stats)
 
     def drain_async(self) -> None:
         """Give the machine up before vLLM scales; all ranks call it after the same pass, and no transfer is left."""
@@ -110,6 +114,12 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
         finally:
             self.is_async = is_async
         return result
+
+    def _record(self, is_recording: bool) -> None:
+        """Have the layers count from the next pass on, or no longer: as in vLLM only what a plan is made from."""
+        self._is_recording = is_recording
+        if self.should_record_tensor is not None:
+            self.should_record_tensor.fill_(is_recording)
 
     @property
     def _log_interval(self) -> int:

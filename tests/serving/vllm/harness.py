@@ -118,14 +118,29 @@ def run_engine(
         "num_tokens": num_tokens,
         "rounds": rounds,
     }
-    command = [str(engine_python()), str(FOLDER / "run_engine.py"), json.dumps(request)]
+    output, log = run_script("run_engine.py", request, environment or {}, timeout_s)
+    return EngineRun(**output, log=log)
+
+
+def run_script(
+    name: str, request: Mapping[str, Any], environment: Mapping[str, str], timeout_s: float
+) -> tuple[dict[str, Any], str]:
+    """Run a script of this folder in the engine's environment; what it printed, and the log.
+
+    Args:
+        name: of the script's file.
+        request: its argument.
+        environment: variables for its processes, besides and before those that vLLM needs on a CPU.
+        timeout_s: when to kill it.
+    """
+    command = [str(engine_python()), str(FOLDER / name), json.dumps(request)]
     # The engine leaves sockets and rendezvous files wherever temporary files go.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        variables = _environment({"TMPDIR": folder, **(environment or {})})
+        variables = _environment({"TMPDIR": folder, **environment})
         status, output, log = _run_to_its_end(command, variables, Path(folder), timeout_s)
     if status != 0 or not output:
         raise EngineError(f"{'killed' if status is None else f'exit status {status}'}\n{log}")
-    return EngineRun(**json.loads(output), log=log)
+    return json.loads(output), log
 
 
 def _environment(further: Mapping[str, str]) -> dict[str, str]:

@@ -19,7 +19,8 @@ def register() -> None:
         return
     # The worker comes first: it replaces parts of torch that the modules imported below look up as they load.
     importlib.import_module("vllm.v1.worker.cpu_worker")
-    from vllm_on_cpu import config, kernel, routing, runner, streams
+    from vllm_on_cpu import config, faults, kernel, passes, routing, runner, streams
 
-    for patch in (config, streams, routing, kernel, runner):
+    # The last two wrap what the runner has put in place.
+    for patch in (config, streams, routing, kernel, runner, passes, faults):
         patch.apply()
