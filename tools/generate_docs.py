@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import re
 import sys
 import textwrap
@@ -85,11 +86,18 @@ def error_classes() -> str:
     return table(["exception", "derives from", "raised when"], rows)
 
 
-def embedding() -> str:
-    """Return the part of the example that embeds the library, as a fenced block."""
-    text = (ROOT / "examples/embed.py").read_text(encoding="utf-8")
-    section = text.split("# --8<-- [start:embedding]\n")[1].split("# --8<-- [end:embedding]")[0]
+def example(file: str, part: str) -> str:
+    """Return a marked part of an example, as a fenced block."""
+    text = (ROOT / "examples" / file).read_text(encoding="utf-8")
+    section = text.split(f"# --8<-- [start:{part}]\n")[1].split(f"# --8<-- [end:{part}]")[0]
     return f"```python\n{textwrap.dedent(section).strip()}\n```"
+
+
+def compatibility() -> str:
+    """Return what tests have shown of each engine, from the file that they write."""
+    rows = json.loads((ROOT / "docs/reference/compatibility.json").read_text(encoding="utf-8"))
+    shown = [[row["engine"], row["version"], row["what"], row["how"], f"`{row['test']}`"] for row in rows]
+    return table(["engine", "version", "what", "how", "by"], shown)
 
 
 def command(name: str) -> str:
@@ -121,7 +129,9 @@ def exit_status() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "diagram": lambda: f"```mermaid\n{render_mermaid()}\n```",
     "transitions": render_table,
-    "embedding": embedding,
+    "embedding": lambda: example("embed.py", "embedding"),
+    "adapter": lambda: example("adapter.py", "adapter"),
+    "compatibility": compatibility,
     "cli-demo": lambda: command("demo"),
     "cli-decode": lambda: command("decode"),
     "cli-plan": lambda: command("plan"),

@@ -68,9 +68,20 @@ class BankMaps:
         return (self.physical_to_logical_map, self.logical_to_physical_map, self.logical_replica_count)
 
 
+class Remapped(Protocol):
+    """Who has to know what slots hold: a load source that counts physical experts."""
+
+    def remap(self, bank: int, layers: torch.Tensor, rows: torch.Tensor) -> None:
+        """Take note; see :meth:`eplb_fsm.load.physical.PhysicalLoadRecorder.remap`."""
+        ...
+
+
 class _Rows(NamedTuple):
     live: list[torch.Tensor]
     new: list[torch.Tensor]
+    bank: int
+    layers: torch.Tensor
+    experts: torch.Tensor
 
 
 class TensorMapWriter:
@@ -81,6 +92,7 @@ class TensorMapWriter:
         device: Where the engine reads them.
         is_weighted: Make room for weighted shares.
         maps: Tables that the engine has already, to be written from the first commit on; None: they are made.
+        load: Is told what slots hold, before their tables are written; for engines that count physical experts.
     """
 
     def __init__(
@@ -90,7 +102,9 @@ class TensorMapWriter:
         *,
         is_weighted: bool = False,
         maps: Sequence[BankMaps] | None = None,
+        load: Remapped | None = None,
     ) -> None:
+        self._load = load
         made = maps or [_make_maps(placement, device, is_weighted=is_weighted) for placement in placements]
         self.maps = tuple(made)
         self._widths = [tables.logical_to_physical_map.shape[-1] for tables in made]
@@ -112,11 +126,16 @@ class TensorMapWriter:
         for table, rows in zip(self.maps[bank].tables, new_rows, strict=True):
             live += [table[layer] for layer in layers]
             new += torch.from_numpy(rows).to(table.device).unbind(0)
-        return _Rows(live, new)
+        device = self.maps[bank].physical_to_logical_map.device
+        return _Rows(
+            live, new, bank, torch.tensor(list(layers), device=device), torch.from_numpy(new_rows[0]).to(device)
+        )
 
     def write(self, prepared: object) -> None:
         """Copy the new rows over the live ones."""
         assert isinstance(prepared, _Rows)
+        if self._load is not None:
+            self._load.remap(prepared.bank, prepared.layers, prepared.experts)
         torch._foreach_copy_(prepared.live, prepared.new)
 
 

@@ -1,4 +1,4 @@
-"""The example of the docs runs as it is printed."""
+"""The examples of the docs run as they are printed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_embedding_example() -> None:
-    """Under torchrun the example commits at least one epoch on every rank, and no token reaches another expert."""
+@pytest.mark.parametrize("example", ["embed.py", "adapter.py"])
+def test_example(example: str) -> None:
+    """Under torchrun an example commits at least one epoch on every rank, and no token reaches another expert."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command = [*launch, "--nproc-per-node", "2", "examples/embed.py"]
+    command = [*launch, "--nproc-per-node", "2", f"examples/{example}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command,

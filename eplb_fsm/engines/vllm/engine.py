@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_ep_group, get_pp_group
@@ -15,7 +15,6 @@ from eplb_fsm.engines.vllm.kernel import run_slot
 from eplb_fsm.load.physical import PhysicalLoadRecorder
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.split import table_width
-from eplb_fsm.placement.validate import Float64Array
 from eplb_fsm.runtime.maps import BankMaps, TensorMapWriter
 from eplb_fsm.runtime.parts import EngineSide
 from eplb_fsm.runtime.verify import Probe
@@ -62,7 +61,7 @@ class VllmEngine:
             banks=[experts.bank for experts in self._experts],
             placements=placements,
             load_source=self._load,
-            map_writer=CountingMapWriter(placements, maps, self._load),
+            map_writer=TensorMapWriter(placements, maps=maps, load=self._load),
         )
 
     def probe(self, bank: int) -> Probe | None:
@@ -82,43 +81,6 @@ class VllmEngine:
         """Drop what the layers have counted in the last pass: nobody asked for its tokens."""
         for counts in self._counts:
             counts.zero_()
-
-
-class _Prepared(NamedTuple):
-    tables: object
-    bank: int
-    layers: torch.Tensor
-    experts: torch.Tensor
-
-
-class CountingMapWriter(TensorMapWriter):
-    """Writes vLLM's own tables, and tells what counts physical experts which ones the slots hold.
-
-    Args:
-        placements: The placement of each bank at start.
-        maps: vLLM's tables.
-        load: Counts.
-    """
-
-    def __init__(self, placements: Sequence[Placement], maps: Sequence[BankMaps], load: PhysicalLoadRecorder) -> None:
-        super().__init__(placements, maps=maps)
-        self._load = load
-
-    def prepare(
-        self, bank: int, layers: Sequence[int], placement: Placement, shares: Float64Array | None = None
-    ) -> object:
-        """As :meth:`.TensorMapWriter.prepare`."""
-        device = self.maps[bank].physical_to_logical_map.device
-        chosen = torch.tensor(list(layers))
-        experts = torch.from_numpy(placement.physical_to_logical_map[list(layers)])
-        tables = super().prepare(bank, layers, placement, shares)
-        return _Prepared(tables, bank, chosen.to(device), experts.to(device))
-
-    def write(self, prepared: object) -> None:
-        """Count what was seen so far for the old experts, then copy the new rows over the live ones."""
-        assert isinstance(prepared, _Prepared)
-        self._load.remap(prepared.bank, prepared.layers, prepared.experts)
-        super().write(prepared.tables)
 
 
 def _maps(state: Any, placement: Placement) -> BankMaps:

@@ -52,6 +52,12 @@ def epochs(log: str, kind: str = "COMMITTED") -> Sequence[str]:
     return re.findall(rf"epoch \d+: {kind}.*", log)
 
 
+@pytest.mark.compatibility(
+    engine="SGLang",
+    version="0.5.23",
+    what="whole engine on CPUs, TP2/EP2 and TP4/EP4, overlap schedule, no all-to-all backend, float32",
+    how="tested",
+)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_tokens_stay_through_epochs(checkpoint: Path, reference: Outcome, tmp_path: Path, ranks: int) -> None:
     """With EP2 and EP4 at least five epochs commit, and every token is that of one rank without any EPLB."""
@@ -62,6 +68,7 @@ def test_the_tokens_stay_through_epochs(checkpoint: Path, reference: Outcome, tm
     assert outcome.tokens == reference.tokens * 3
 
 
+@pytest.mark.compatibility(engine="SGLang", version="0.5.23", what="HTTP server on CPUs, TP2/EP2", how="tested")
 def test_the_server_answers_meanwhile(checkpoint: Path, reference: Outcome, tmp_path: Path) -> None:
     """Over HTTP every answer is that of one rank while at least five epochs commit."""
     with serving(checkpoint, tmp_path, ranks=2, arguments=own_eplb(10), variables=BACKGROUND) as server:

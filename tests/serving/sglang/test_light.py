@@ -45,6 +45,12 @@ def _serve(link: RankLink, sources: Path, num_epochs: int, moe: dict[str, Any]) 
     }
 
 
+@pytest.mark.compatibility(
+    engine="SGLang",
+    version="0.5.23",
+    what="EPLB modules over 2 and 4 gloo ranks, no all-to-all backend, float32",
+    how="driven",
+)
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_token_reaches_its_expert_through_epochs(sources: Path, num_ranks: int) -> None:
     """Through five epochs every token has its experts' result, SGLang's map is true, and each token is counted once."""
@@ -115,6 +121,9 @@ def _run_until(engine: LightEngine, holds: Any) -> None:
     raise AssertionError(engine.fsm.health())
 
 
+@pytest.mark.compatibility(
+    engine="SGLang", version="0.5.23", what="reset_generator, disable_rebalance, enable_rebalance", how="driven"
+)
 def test_reset_disable_and_enable_act_at_agreed_steps(sources: Path) -> None:
     """A reset aborts the epoch under way on all ranks; nothing starts while disabled; afterwards it goes on."""
     first, second = run_ranks(2, _control, sources)
@@ -152,6 +161,9 @@ def _reload(link: RankLink, sources: Path) -> dict[str, Any]:
     return seen
 
 
+@pytest.mark.compatibility(
+    engine="SGLang", version="0.5.23", what="update_weights_from_disk, weight-update session", how="driven"
+)
 def test_a_reload_of_weights_waits_for_nothing_in_transfer(sources: Path) -> None:
     """While SGLang writes weights no epoch is under way on any rank, and no transfer; afterwards it goes on."""
     first, second = run_ranks(2, _reload, sources)
@@ -182,6 +194,9 @@ def _recover(link: RankLink, sources: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.compatibility(
+    engine="SGLang", version="0.5.23", what="elastic EP: rank fault, recovery by SGLang, adopt", how="driven"
+)
 def test_a_rank_fault_gives_the_epoch_up_and_adopts_the_map_of_sglangs_recovery(sources: Path) -> None:
     """SGLang's own rebalance runs in the middle of an epoch; its map is read back, and further epochs start from it."""
     first, second = run_ranks(2, _recover, sources)
@@ -207,6 +222,9 @@ def _elastic(link: RankLink, sources: Path) -> tuple[bool, bool, bool]:
     return gone, before != engine.metadata.physical_to_logical_map.tolist(), engine.slots_are_right()
 
 
+@pytest.mark.compatibility(
+    engine="SGLang", version="0.5.23", what="elastic EP: ranks come back, SGLang's own manager goes on", how="driven"
+)
 def test_where_ranks_come_and_go_sglangs_own_manager_goes_on(sources: Path) -> None:
     """With a rank gone the machine is given up, and SGLang's own rebalance, which blocks, serves in its place."""
     assert run_ranks(2, _elastic, sources) == [(True, True, True)] * 2

@@ -29,7 +29,8 @@ from vllm_on_cpu.routing import map_and_record
 MAX_TOKENS = 64
 """Of a pass on one rank."""
 _MIB = 1 << 20
-_SKIP = os.environ.get("DP_LOOP_SKIPS_STEPS_OF_DUMMIES") == "1"
+_STEPPED_DUMMIES = float(os.environ.get("DP_LOOP_STEPPED_DUMMIES", "inf"))
+"""The negative control: after so many dummy passes, there are no steps after others."""
 
 
 class InProcess(UniProcExecutor):
@@ -215,8 +216,8 @@ class Worker(WorkerBase):
         return output
 
     def execute_dummy_batch(self) -> None:
-        """As vLLM's; the negative control leaves the step out."""
-        if _SKIP:
+        """As vLLM's; the negative control leaves steps out."""
+        if self.model_runner.counts.passes.get("dummy", 0) >= _STEPPED_DUMMIES:
             Runner._dummy_run.__wrapped__(self.model_runner, 1)  # type: ignore[attr-defined]
         else:
             self.model_runner._dummy_run(1)

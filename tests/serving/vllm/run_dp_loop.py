@@ -18,7 +18,8 @@ from dp_model import VOCABULARY, Weights
 
 _PROMPT_LENGTH = 8
 _NUM_REQUESTS = 6
-_NUM_TOKENS = 160
+_NUM_TOKENS = 96
+_MOMENT_S = 0.5
 _STANDSTILL_S = 6.0
 """Longer than the rebalance waits for a late vote."""
 _NUM_TRIES = 4
@@ -52,7 +53,7 @@ class Serving:
             await asyncio.sleep(0.05)
         return seen
 
-    async def stand_still(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def stand_still(self, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
         """Wait until no loop runs, and look again after a while.
 
         A request that reached an engine core after the wave it was sent for can start another one, which is over after
@@ -60,7 +61,7 @@ class Serving:
         """
         for _ in range(_NUM_TRIES):
             before = await self.stand()
-            await asyncio.sleep(_STANDSTILL_S)
+            await asyncio.sleep(seconds)
             after = await self.look()
             if after["ranks"] == before["ranks"]:
                 break
@@ -98,7 +99,7 @@ async def end_waves(serving: Serving) -> list[dict[str, Any]]:
     for _ in range(_MAX_WAVES):
         await serving.requests(1, serving.draw.randrange(8, 40))
         if (await serving.stand())["ranks"][0]["state"] != "IDLE":
-            ended, stood = await serving.stand_still()
+            ended, stood = await serving.stand_still(_STANDSTILL_S)
             if ended["ranks"][0]["state"] != "IDLE":
                 break
     await serving.requests(0)
@@ -113,7 +114,7 @@ async def pause(serving: Serving, mode: str) -> list[dict[str, Any]]:
     first = len(serving.tokens) - 1
     await serving.engine.pause_generation(mode=mode)
     late = asyncio.create_task(serving.request(1))
-    paused, stood = await serving.stand_still()
+    paused, stood = await serving.stand_still(_MOMENT_S)
     lengths = [len(kept["got"]) for kept in serving.tokens[first:]]
     await serving.engine.resume_generation()
     await asyncio.gather(running, late)

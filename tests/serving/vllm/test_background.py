@@ -49,6 +49,12 @@ def _background(**eplb_config: Any) -> dict[str, Any]:
     return {**OWN_EPLB, "eplb_config": {**OWN_EPLB["eplb_config"], "step_interval": 10, **eplb_config}}
 
 
+@pytest.mark.compatibility(
+    engine="vLLM",
+    version="0.32.0",
+    what="whole engine on CPUs, V1 runner, TP2 with expert parallel, use_async true and false, float32",
+    how="tested",
+)
 @pytest.mark.parametrize("use_async", [True, False])
 def test_the_tokens_stay_through_epochs(model: Path, one_rank: EngineRun, use_async: bool) -> None:
     """With TP2 and expert parallelism five epochs commit, in the background or blocking, and every token stays."""

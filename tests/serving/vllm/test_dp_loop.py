@@ -43,6 +43,8 @@ _ENGINE = {
     "distributed_executor_backend": "dp_worker.InProcess",
     "worker_cls": "dp_worker.Worker",
 }
+_NUM_TOKENS = 96
+"""Of each request but those of short waves, as in `run_dp_loop.py`."""
 _MODES = ("keep", "wait", "abort")
 _ACTS = [("serve_one_rank", 0), ("serve_one_rank", 1), ("end_waves",), *(("pause", mode) for mode in _MODES)]
 
@@ -125,9 +127,9 @@ def test_a_pause_stops_the_steps_of_both_ranks(seen: dict[str, Any], mode: str) 
     assert [look["has_work"] for look in looks] == [[False, False]] * 3
     assert stood == paused
     running_before, late_before, running, late = looks[0]["lengths"]
-    assert (late_before, late) == (0, 160)  # what came in the pause has waited
-    assert (running_before == 160) == (mode == "wait")
-    assert running == (running_before if mode == "abort" else 160)
+    assert (late_before, late) == (0, _NUM_TOKENS)  # what came in the pause has waited
+    assert (running_before == _NUM_TOKENS) == (mode == "wait")
+    assert running == (running_before if mode == "abort" else _NUM_TOKENS)
     assert after[0]["steps"] == after[1]["steps"] > stood[0]["steps"]
     assert _committed(after) >= _committed(stood) + 2
     assert _is_healthy(after)

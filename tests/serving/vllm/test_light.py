@@ -44,6 +44,12 @@ def _serve(link: RankLink, sources: Path, num_epochs: int, arguments: dict[str, 
     }
 
 
+@pytest.mark.compatibility(
+    engine="vLLM",
+    version="0.32.0",
+    what="EPLB modules and V2 controller over 2 and 4 gloo ranks, target and draft model, float32",
+    how="driven",
+)
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("num_models", [1, 2])
 def test_every_token_reaches_its_expert_through_epochs(sources: Path, num_ranks: int, num_models: int) -> None:
@@ -120,6 +126,12 @@ def _dummies(link: RankLink, sources: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.compatibility(
+    engine="vLLM",
+    version="0.32.0",
+    what="V2 runner: real, dummy and profile passes through step_eplb_after",
+    how="driven",
+)
 def test_dummy_passes_step_and_count_no_tokens(sources: Path) -> None:
     """A dummy pass of an idle rank is a step whose tokens count for nothing; a profiling pass is no step."""
     first, second = run_ranks(2, _dummies, sources)
@@ -157,6 +169,9 @@ def _scale(link: RankLink, sources: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.compatibility(
+    engine="vLLM", version="0.32.0", what="elastic scaling: drain, reshuffle by vLLM, adopt", how="driven"
+)
 def test_elastic_scaling_drains_reshuffles_by_itself_and_is_adopted(sources: Path) -> None:
     """Drained in the middle of an epoch, vLLM's reshuffle writes the map, and further epochs start from it."""
     first, second = run_ranks(2, _scale, sources)

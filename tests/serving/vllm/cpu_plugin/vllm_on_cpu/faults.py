@@ -19,7 +19,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_on_cpu import passes
 
@@ -162,16 +162,20 @@ def _strike_commits(strike: Strike) -> None:
 
 def _survive_fail_stops() -> None:
     from eplb_fsm.engines.vllm.engine import VllmEngine
-    from eplb_fsm.runtime.failstop import raise_error
 
     make_side = VllmEngine.side
 
     def side(self: Any) -> Any:
         made = make_side(self)
-        made.fail_stop = raise_error
+        made.fail_stop = _raise_anew
         return made
 
     VllmEngine.side = side
+
+
+def _raise_anew(error: Exception) -> NoReturn:
+    """Not the same object twice: vLLM adds the traceback to it as a note each time, and notes are printed in those."""
+    raise InjectedError(f"only raised: {error}")
 
 
 _PLACES: dict[str, Callable[[Strike], None]] = {
