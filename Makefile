@@ -20,11 +20,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines-light lint types contracts docs spec explore mutants coverage bench check generate format clean
+.PHONY: help setup demo test test-engines test-engines-light lint types contracts docs spec explore mutants coverage bench check generate format clean
 
 help:
 	@echo "make demo | test | check | setup | lint | types | contracts | docs | spec | explore | mutants"
-	@echo "     test-engines-light | coverage | bench | generate | format | clean"
+	@echo "     test-engines-light | test-engines | coverage | bench | generate | format | clean"
 
 setup: $(VENV)/.ready-dev $(VENV)/.ready-docs
 
@@ -37,6 +37,14 @@ test: $(VENV)/.ready-dev
 # The adapters over the engines' own EPLB modules, in gloo processes; no engine is installed.
 test-engines-light: $(VENV)/.ready-dev build/engines/.ready
 	REQUIRE_ENGINE_SOURCES=1 $(BIN)/python -m pytest tests/serving $(ARGS)
+
+# The same and whole engines on CPUs, each in an environment of its own (a few gigabytes, and half an hour).
+test-engines: $(VENV)/.ready-dev build/engines/.ready $(VENV)-sglang/.ready $(VENV)-vllm/.ready
+	$(VENV)-sglang/bin/python -m pip install -q --no-deps --force-reinstall .
+	$(VENV)-vllm/bin/python -m pip install -q --no-deps --force-reinstall .
+	REQUIRE_ENGINE_SOURCES=1 WRITE_COMPATIBILITY=docs/reference/compatibility.json \
+	  SERVING_SGLANG_VENV=$(abspath $(VENV)-sglang) SERVING_VLLM_VENV=$(abspath $(VENV)-vllm) \
+	  $(BIN)/python -m pytest tests/serving $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -103,6 +111,12 @@ $(VENV)/.ready-docs: $(VENV)/.ready-run
 
 build/engines/.ready: tools/fetch_engine_sources.py | $(BIN)/python
 	$(BIN)/python tools/fetch_engine_sources.py build/engines
+	@touch $@
+
+$(VENV)-%/.ready: tests/serving/%/requirements.txt $(wildcard tests/serving/*/cpu_plugin/*/*.py)
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python tools/install_torch.py
+	$(VENV)-$*/bin/python -m pip install -q --no-deps -r $< tests/serving/$*/cpu_plugin 'transitions>=0.9.2,<0.10' six
 	@touch $@
 
 $(VENV)/.ready-mutants: $(VENV)/.ready-dev

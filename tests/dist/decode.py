@@ -15,6 +15,7 @@ import torch.distributed as dist
 from eplb_fsm import Placement, RebalanceConfig, RebalanceFSM
 from eplb_fsm.observe.events import Event
 from eplb_fsm.runtime.failstop import raise_error
+from eplb_fsm.runtime.maps import BankMaps
 from eplb_fsm.simulate.engine import Shape, SimulatedEngine
 from tests.dist.harness import RankLink, group_members
 
@@ -112,6 +113,7 @@ class DecodeLoop:
         self.fsm = RebalanceFSM.connect(
             store, link.rank, link.world_size, registered, [placement] * len(banks), config_of(**options), **further
         )
+        self.read_maps: Callable[[int], BankMaps] = self.fsm.maps
         self._generator = torch.Generator().manual_seed(link.rank)
         self._group: Any = None
         if lockstep:
@@ -126,7 +128,7 @@ class DecodeLoop:
             time.sleep(self.pass_s)
         self.num_passes += 1
         for bank, engine in enumerate(self.engines):
-            engine.forward(self.num_passes, self.fsm.maps(bank))
+            engine.forward(self.num_passes, self.read_maps(bank))
             for layer in range(SHAPE.num_moe_layers if self.records else 0):
                 ids = (torch.rand(8, 2, generator=self._generator) ** 2 * SHAPE.num_logical_experts).long()
                 self.fsm.record(layer, ids, bank=bank)

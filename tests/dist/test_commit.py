@@ -96,7 +96,7 @@ def _own_writer(link: RankLink) -> tuple[int, int, str]:
             said = ""
         except Exception as error:
             said = str(error)
-        fsm.maps = lambda bank=0: writer.maps[bank]  # type: ignore[method-assign]  # the engine reads its own
+        loop.read_maps = lambda bank=0: writer.maps[bank]  # the engine reads its own
         fsm.arm()
         loop.run_epochs(2)
         loop.run_steps(3)

@@ -142,7 +142,7 @@ async def serve(request: dict[str, Any]) -> dict[str, Any]:
         core = type(engine.engine_core).__name__
         return {"client": core, "start": seen[0], "acts": acts, "tokens": serving.tokens}
     finally:
-        engine.shutdown()
+        engine.shutdown(timeout=60)
 
 
 def main() -> None:

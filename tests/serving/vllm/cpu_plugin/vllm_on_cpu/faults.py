@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -66,9 +65,9 @@ def apply() -> None:
 
 
 def _stop_this_process(seconds: float) -> None:
-    """Stop all threads; whoever is stopped cannot wake itself, so a child does."""
-    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
-    os.kill(os.getpid(), signal.SIGSTOP)
+    """Stop all threads, this one until it is over: a stop that it sent by itself would reach it a little later."""
+    process = os.getpid()
+    subprocess.run(["sh", "-c", f"kill -STOP {process}; sleep {seconds}; kill -CONT {process}"], check=True)
 
 
 # -- the worker's side ------------------------------------------------------------------------------------
