@@ -13,24 +13,11 @@ from torch import nn
 from torch.nn import functional
 
 from tests.dist.harness import RankLink
+from tests.serving.driving import OPTIONS, Driven
 from tests.serving.sglang import light
 
 NUM_LAYERS, NUM_MOE_LAYERS, NUM_LOGICAL, NUM_REDUNDANT, TOP_K, HIDDEN, NUM_TOKENS = 4, 3, 16, 8, 2, 8, 24
 """The first layer has no experts, as in DeepSeek's models."""
-
-OPTIONS = {
-    "PLANNER": "thread",
-    "IDLE_ROUND_INTERVAL": "4",
-    "MIN_GAIN": "0",
-    "HORIZON_STEPS": "0",
-    "TARGET_BALANCEDNESS": "1",
-    "COMMIT_BYTES": "4096",
-    "MAX_SLOWDOWN": "0",
-    "VOTE_TIMEOUT_S": "20",
-    "START_TIMEOUT_S": "90",
-    "BACKOFF_STEPS": "1",
-}
-"""An epoch of several chunks as often as the load changes, and nothing that gives up on a slow machine."""
 
 
 class Experts(nn.Module):
@@ -73,7 +60,7 @@ class Model(nn.Module):
         }
 
 
-class LightEngine:
+class LightEngine(Driven):
     """What SGLang's model runner does around its EPLB manager.
 
     Args:
@@ -103,9 +90,8 @@ class LightEngine:
         self.location.set_global_expert_location_metadata(self.metadata)
         self.recorder = self.distribution.ExpertDistributionRecorder.init_new(self.metadata, link.rank)
         self.distribution.set_global_expert_distribution_recorder(self.recorder)
-        self.num_passes = 0
         self.num_routed = 0
-        self.hot = 0
+        self.num_experts = NUM_LOGICAL
         self.manager = self._make_manager(stock)
         num_local = self.metadata.num_local_physical_experts
         own = slice(link.rank * num_local, (link.rank + 1) * num_local)
@@ -172,21 +158,6 @@ class LightEngine:
             for k in range(TOP_K)
         )
         torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-4)
-
-    def run_passes(self, count: int) -> None:
-        """Make that many passes."""
-        for _ in range(count):
-            self.forward()
-
-    def run_epochs(self, count: int, max_passes: int = 4000) -> None:
-        """Make passes until that many more epochs have ended, each with another domain of the text."""
-        for _ in range(count):
-            ended = len(self.fsm.outcomes)
-            self.hot = (self.hot + 5) % (NUM_LOGICAL - 1)
-            for _ in range(max_passes):
-                if len(self.fsm.outcomes) > ended:
-                    break
-                self.forward()
 
     def slots_are_right(self) -> bool:
         """Whether every local slot holds, to the bit, the expert that SGLang's map names."""

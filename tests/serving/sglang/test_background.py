@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.serving.driving import BACKGROUND, epochs
 from tests.serving.sglang.checkpoint import make_checkpoint
 from tests.serving.sglang.harness import (
     PROMPTS,
@@ -22,17 +21,7 @@ from tests.serving.sglang.serve import serving
 pytestmark = [requires_sglang, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 TOKENS = 96
-
-BACKGROUND = {
-    "ENABLE_EPLB_REBALANCE_ASYNC": "1",
-    "EPLB_FSM_IDLE_ROUND_INTERVAL": "2",
-    "EPLB_FSM_MIN_GAIN": "0",
-    "EPLB_FSM_HORIZON_STEPS": "0",
-    "EPLB_FSM_TARGET_BALANCEDNESS": "1",
-    "EPLB_FSM_COMMIT_BYTES": "100000",
-    "EPLB_FSM_MAX_SLOWDOWN": "0",
-}
-"""Epochs of several chunks as often as the load changes at all."""
+VARIABLES = {**BACKGROUND, "EPLB_FSM_COMMIT_BYTES": "100000"}
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +36,6 @@ def reference(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Out
     return run_engine(checkpoint, tmp_path_factory.mktemp("reference"), tokens=TOKENS)
 
 
-def epochs(log: str, kind: str = "COMMITTED") -> Sequence[str]:
-    """The lines that say how epochs ended."""
-    return re.findall(rf"epoch \d+: {kind}.*", log)
-
-
 @pytest.mark.compatibility(
     engine="SGLang",
     version="0.5.23",
@@ -62,7 +46,7 @@ def epochs(log: str, kind: str = "COMMITTED") -> Sequence[str]:
 def test_the_tokens_stay_through_epochs(checkpoint: Path, reference: Outcome, tmp_path: Path, ranks: int) -> None:
     """With EP2 and EP4 at least five epochs commit, and every token is that of one rank without any EPLB."""
     outcome = run_engine(
-        checkpoint, tmp_path, ranks=ranks, arguments=own_eplb(10), variables=BACKGROUND, tokens=TOKENS, rounds=3
+        checkpoint, tmp_path, ranks=ranks, arguments=own_eplb(10), variables=VARIABLES, tokens=TOKENS, rounds=3
     )
     assert len(epochs(outcome.log)) >= 5, epochs(outcome.log, "")
     assert outcome.tokens == reference.tokens * 3
@@ -71,7 +55,7 @@ def test_the_tokens_stay_through_epochs(checkpoint: Path, reference: Outcome, tm
 @pytest.mark.compatibility(engine="SGLang", version="0.5.23", what="HTTP server on CPUs, TP2/EP2", how="tested")
 def test_the_server_answers_meanwhile(checkpoint: Path, reference: Outcome, tmp_path: Path) -> None:
     """Over HTTP every answer is that of one rank while at least five epochs commit."""
-    with serving(checkpoint, tmp_path, ranks=2, arguments=own_eplb(10), variables=BACKGROUND) as server:
+    with serving(checkpoint, tmp_path, ranks=2, arguments=own_eplb(10), variables=VARIABLES) as server:
         for _ in range(8):
             assert [server.generate(prompt, TOKENS) for prompt in PROMPTS] == reference.tokens[0]
             if len(epochs(server.log)) >= 5:
@@ -82,4 +66,4 @@ def test_the_server_answers_meanwhile(checkpoint: Path, reference: Outcome, tmp_
 def test_asked_without_eplb_it_does_not_start(checkpoint: Path, tmp_path: Path) -> None:
     """With the switch and without --enable-eplb the server ends at its start and says what to change."""
     with pytest.raises(EngineFailedError, match="start with --enable-eplb"):
-        run_engine(checkpoint, tmp_path, ranks=2, variables=BACKGROUND, tokens=4)
+        run_engine(checkpoint, tmp_path, ranks=2, variables=VARIABLES, tokens=4)

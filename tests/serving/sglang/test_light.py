@@ -12,6 +12,7 @@ import torch
 from eplb_fsm.core.states import State
 from eplb_fsm.errors import BankError, ConfigError
 from tests.dist.harness import RankFailedError, RankLink, run_ranks
+from tests.serving.driving import outcome_names
 from tests.serving.light import sources_of
 from tests.serving.sglang.light import VERSION
 from tests.serving.sglang.light_engine import NUM_MOE_LAYERS, LightEngine
@@ -23,10 +24,6 @@ def sources() -> Path:
     return sources_of("sglang", VERSION)
 
 
-def _names(outcomes: Any) -> list[str]:
-    return [f"{o.kind.name}{f'({o.reason.name})' if o.reason else ''}" for o in outcomes]
-
-
 def _serve(link: RankLink, sources: Path, num_epochs: int, moe: dict[str, Any]) -> dict[str, Any]:
     engine = LightEngine(link, sources, **moe)
     engine.manager.start()
@@ -34,7 +31,7 @@ def _serve(link: RankLink, sources: Path, num_epochs: int, moe: dict[str, Any]) 
     load = engine.fsm._parts.load_source
     load.rotate()
     return {
-        "outcomes": _names(engine.fsm.outcomes),
+        "outcomes": outcome_names(engine.fsm.outcomes),
         "steps": engine.fsm.step_idx,
         "passes": engine.num_passes,
         "map": engine.metadata.physical_to_logical_map.tolist(),
@@ -96,34 +93,23 @@ def _control(link: RankLink, sources: Path) -> dict[str, Any]:
     manager = engine.manager
     manager.start()
     seen: dict[str, Any] = {}
-    _run_until(engine, lambda: engine.fsm.state is State.TRANSFERRING)
+    engine.run_until(lambda: engine.fsm.state is State.TRANSFERRING)
     manager.reset_generator()
     engine.run_epochs(1)
-    seen["reset"] = _names(engine.fsm.outcomes)[-1]
-    _run_until(engine, lambda: engine.fsm.state is State.TRANSFERRING)
+    seen["reset"] = outcome_names(engine.fsm.outcomes)[-1]
+    engine.run_until(lambda: engine.fsm.state is State.TRANSFERRING)
     manager.disable_rebalance("for a test")
-    _run_until(engine, lambda: engine.fsm.health().is_frozen)
+    engine.run_until(lambda: engine.fsm.health().is_frozen)
     epoch = engine.fsm.health().epoch
     engine.run_passes(40)
     seen["disabled"] = engine.fsm.health().epoch - epoch
     manager.enable_rebalance()
     engine.run_epochs(2)
-    seen["enabled"] = _names(engine.fsm.outcomes)[-1]
+    seen["enabled"] = outcome_names(engine.fsm.outcomes)[-1]
     seen["right"] = engine.slots_are_right()
     return seen
 
 
-def _run_until(engine: LightEngine, holds: Any) -> None:
-    for _ in range(4000):
-        if holds():
-            return
-        engine.forward()
-    raise AssertionError(engine.fsm.health())
-
-
-@pytest.mark.compatibility(
-    engine="SGLang", version="0.5.23", what="reset_generator, disable_rebalance, enable_rebalance", how="driven"
-)
 def test_reset_disable_and_enable_act_at_agreed_steps(sources: Path) -> None:
     """A reset aborts the epoch under way on all ranks; nothing starts while disabled; afterwards it goes on."""
     first, second = run_ranks(2, _control, sources)
@@ -148,16 +134,16 @@ def _reload(link: RankLink, sources: Path) -> dict[str, Any]:
                 parameter.mul_(0.5)
         return "done"
 
-    _run_until(engine, lambda: engine.fsm.state is State.TRANSFERRING)
+    engine.run_until(lambda: engine.fsm.state is State.TRANSFERRING)
     seen["result"] = plugin.frozen_during(update_weights_from_disk, updater)
-    seen["ended"] = _names(engine.fsm.outcomes)[-1]
+    seen["ended"] = outcome_names(engine.fsm.outcomes)[-1]
     engine.run_epochs(1)
     opened = plugin.frozen_from("session")(lambda _: "opened", updater)
     engine.run_passes(30)
     seen["session"] = (opened, engine.fsm.health().is_frozen)
     plugin.frozen_until("session")(lambda _: "closed", updater)
     engine.run_epochs(1)
-    seen["after"] = (_names(engine.fsm.outcomes)[-1], engine.slots_are_right())
+    seen["after"] = (outcome_names(engine.fsm.outcomes)[-1], engine.slots_are_right())
     return seen
 
 
@@ -177,7 +163,7 @@ def test_a_reload_of_weights_waits_for_nothing_in_transfer(sources: Path) -> Non
 def _recover(link: RankLink, sources: Path) -> dict[str, Any]:
     engine = LightEngine(link, sources)
     engine.manager.start()
-    _run_until(engine, lambda: engine.fsm.state is State.TRANSFERRING)
+    engine.run_until(lambda: engine.fsm.state is State.TRANSFERRING)
     abandoned = engine.fsm
     for _ in engine.manager.rebalance():  # as SGLang drains it inside a forward pass
         pass
@@ -189,7 +175,7 @@ def _recover(link: RankLink, sources: Path) -> dict[str, Any]:
         "adopted": recovered == adopted,
         "right": (right, engine.slots_are_right()),
         "abandoned": abandoned.state.value,
-        "after": _names(engine.fsm.outcomes),
+        "after": outcome_names(engine.fsm.outcomes),
         "stale commits": len(abandoned.outcomes),
     }
 

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from tests.dist.harness import RankLink
-from tests.serving.sglang.light_engine import OPTIONS, expert
+from tests.serving.driving import OPTIONS, Driven
+from tests.serving.sglang.light_engine import expert
 from tests.serving.vllm import light
 
 NUM_LAYERS, NUM_LOGICAL, NUM_REDUNDANT, TOP_K, HIDDEN, NUM_TOKENS = 3, 16, 8, 2, 8, 24
@@ -90,7 +91,7 @@ def _layer_state(load: torch.Tensor, slots: torch.Tensor, counts: torch.Tensor) 
     return state
 
 
-class LightEngine:
+class LightEngine(Driven):
     """What vLLM's second model runner does around its EPLB controller; with a draft model if there are two.
 
     Args:
@@ -123,7 +124,8 @@ class LightEngine:
 
             eplb_utils.EplbState = BackgroundEplbStateV2
         self.draw = torch.Generator().manual_seed(7)
-        self.hot = self.num_passes = self.num_routed = 0
+        self.num_routed = 0
+        self.num_experts = NUM_LOGICAL
         self.models = [Model(seed, link.rank, link.world_size) for seed in range(num_models)]
         self.eplb = eplb_utils.EPLBController(self.config.parallel_config, torch.device("cpu"))
         runner = type("Runner", (), {"eplb": self.eplb, "pass_": lambda _, **kwargs: self._forward(**kwargs)})
@@ -193,21 +195,6 @@ class LightEngine:
             counted = functional.one_hot(physical.flatten(), len(state.expert_load_view)).sum(0)
             state.expert_load_view.add_(counted.to(state.expert_load_view.dtype))
         return physical
-
-    def run_passes(self, count: int) -> None:
-        """Make that many passes."""
-        for _ in range(count):
-            self.forward()
-
-    def run_epochs(self, count: int, max_passes: int = 4000) -> None:
-        """Make passes until that many more epochs have ended, each with another domain of the text."""
-        for _ in range(count):
-            ended = len(self.fsm.outcomes)
-            self.hot = (self.hot + 5) % (NUM_LOGICAL - 1)
-            for _ in range(max_passes):
-                if len(self.fsm.outcomes) > ended:
-                    break
-                self.forward()
 
     def slots_are_right(self) -> bool:
         """Whether every local slot holds, to the bit, the expert that vLLM's map names."""

@@ -18,7 +18,7 @@ from dp_model import VOCABULARY, Weights
 
 _PROMPT_LENGTH = 8
 _NUM_REQUESTS = 6
-_NUM_TOKENS = 96
+_NUM_TOKENS = 100
 _MOMENT_S = 0.5
 _STANDSTILL_S = 6.0
 """Longer than the rebalance waits for a late vote."""
@@ -48,10 +48,13 @@ class Serving:
         }
 
     async def stand(self) -> dict[str, Any]:
-        """Wait until no loop runs."""
-        while any((seen := await self.look())["has_work"]):
-            await asyncio.sleep(0.05)
-        return seen
+        """Wait until no loop runs and none has run since the look before: ranks answer one after the other."""
+        seen = await self.look()
+        while True:
+            await asyncio.sleep(_MOMENT_S)
+            before, seen = seen, await self.look()
+            if seen == before and not any(seen["has_work"]):
+                return seen
 
     async def stand_still(self, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
         """Wait until no loop runs, and look again after a while.
@@ -96,6 +99,7 @@ async def serve_one_rank(serving: Serving, rank: int) -> list[dict[str, Any]]:
 
 async def end_waves(serving: Serving) -> list[dict[str, Any]]:
     """Short waves until one ends amid an epoch, and the loops stand still; then a wave on one rank only."""
+    ended = stood = await serving.stand()
     for _ in range(_MAX_WAVES):
         await serving.requests(1, serving.draw.randrange(8, 40))
         if (await serving.stand())["ranks"][0]["state"] != "IDLE":
@@ -114,7 +118,7 @@ async def pause(serving: Serving, mode: str) -> list[dict[str, Any]]:
     first = len(serving.tokens) - 1
     await serving.engine.pause_generation(mode=mode)
     late = asyncio.create_task(serving.request(1))
-    paused, stood = await serving.stand_still(_MOMENT_S)
+    paused, stood = await serving.stand_still(2 * _MOMENT_S)
     lengths = [len(kept["got"]) for kept in serving.tokens[first:]]
     await serving.engine.resume_generation()
     await asyncio.gather(running, late)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.serving.driving import BACKGROUND, epochs
 from tests.serving.vllm.checkpoint import make_checkpoint
 from tests.serving.vllm.harness import EngineRun, engine_python, run_engine
 from tests.serving.vllm.test_own_eplb import OWN_EPLB
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-
-BACKGROUND = {
-    "ENABLE_EPLB_REBALANCE_ASYNC": "1",
-    "EPLB_FSM_IDLE_ROUND_INTERVAL": "2",
-    "EPLB_FSM_MIN_GAIN": "0",
-    "EPLB_FSM_HORIZON_STEPS": "0",
-    "EPLB_FSM_TARGET_BALANCEDNESS": "1",
-    "EPLB_FSM_COMMIT_BYTES": "1000000",
-    "EPLB_FSM_MAX_SLOWDOWN": "0",
-}
-"""Epochs of several chunks as often as the load changes at all."""
+VARIABLES = {**BACKGROUND, "EPLB_FSM_COMMIT_BYTES": "1000000"}
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +29,6 @@ def one_rank(model: Path) -> EngineRun:
     return run_engine(model)
 
 
-def epochs(log: str, kind: str = "COMMITTED") -> Sequence[str]:
-    """The lines that say how epochs ended."""
-    return re.findall(rf"epoch \d+: {kind}.*", log)
-
-
 def _background(**eplb_config: Any) -> dict[str, Any]:
     return {**OWN_EPLB, "eplb_config": {**OWN_EPLB["eplb_config"], "step_interval": 10, **eplb_config}}
 
@@ -58,7 +42,7 @@ def _background(**eplb_config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("use_async", [True, False])
 def test_the_tokens_stay_through_epochs(model: Path, one_rank: EngineRun, use_async: bool) -> None:
     """With TP2 and expert parallelism five epochs commit, in the background or blocking, and every token stays."""
-    run = run_engine(model, rounds=3, environment=BACKGROUND, **_background(use_async=use_async))
+    run = run_engine(model, rounds=3, environment=VARIABLES, **_background(use_async=use_async))
     assert len(epochs(run.log)) >= 5, epochs(run.log, "")
     assert run.tokens == one_rank.tokens * 3
     first, *later = run.maps
@@ -68,7 +52,7 @@ def test_the_tokens_stay_through_epochs(model: Path, one_rank: EngineRun, use_as
 
 def test_a_wrong_map_would_show(model: Path, one_rank: EngineRun) -> None:
     """Where tokens go to the slots of the first map while experts move, other tokens come out."""
-    environment = {**BACKGROUND, "VLLM_ON_CPU_IGNORE_MAP": "1"}
+    environment = {**VARIABLES, "VLLM_ON_CPU_IGNORE_MAP": "1"}
     run = run_engine(model, rounds=2, environment=environment, **_background())
     assert len(epochs(run.log)) >= 1
     assert run.tokens[1] != one_rank.tokens[0]

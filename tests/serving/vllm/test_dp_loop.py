@@ -43,7 +43,7 @@ _ENGINE = {
     "distributed_executor_backend": "dp_worker.InProcess",
     "worker_cls": "dp_worker.Worker",
 }
-_NUM_TOKENS = 96
+_NUM_TOKENS = 100
 """Of each request but those of short waves, as in `run_dp_loop.py`."""
 _MODES = ("keep", "wait", "abort")
 _ACTS = [("serve_one_rank", 0), ("serve_one_rank", 1), ("end_waves",), *(("pause", mode) for mode in _MODES)]

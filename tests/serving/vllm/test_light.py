@@ -11,6 +11,7 @@ import torch
 from eplb_fsm.core.states import State
 from eplb_fsm.errors import BankError, ConfigError, UsageError
 from tests.dist.harness import RankFailedError, RankLink, run_ranks
+from tests.serving.driving import outcome_names
 from tests.serving.light import sources_of
 from tests.serving.vllm.light import VERSION, eplb_config
 from tests.serving.vllm.light_engine import LightEngine
@@ -22,10 +23,6 @@ def sources() -> Path:
     return sources_of("vllm", VERSION)
 
 
-def _names(outcomes: Any) -> list[str]:
-    return [f"{o.kind.name}{f'({o.reason.name})' if o.reason else ''}" for o in outcomes]
-
-
 def _serve(link: RankLink, sources: Path, num_epochs: int, arguments: dict[str, Any]) -> dict[str, Any]:
     engine = LightEngine(link, sources, **arguments)
     engine.load()
@@ -34,7 +31,7 @@ def _serve(link: RankLink, sources: Path, num_epochs: int, arguments: dict[str, 
     load = engine.fsm._parts.load_source
     load.rotate()
     return {
-        "outcomes": _names(engine.fsm.outcomes),
+        "outcomes": outcome_names(engine.fsm.outcomes),
         "steps": (engine.fsm.step_idx, engine.num_passes),
         "maps": [state.physical_to_logical_map.tolist() for state in states],
         "placements": [placement.physical_to_logical_map.tolist() for placement in engine.fsm.placements],
@@ -145,10 +142,7 @@ def _scale(link: RankLink, sources: Path) -> dict[str, Any]:
     engine = LightEngine(link, sources)
     engine.load()
     engine.hot = 5
-    for _ in range(4000):
-        if engine.fsm.state is State.TRANSFERRING:
-            break
-        engine.forward()
+    engine.run_until(lambda: engine.fsm.state is State.TRANSFERRING)
     with pytest.raises(UsageError, match=r"drain_async\(\) first"):
         engine.state.rearrange()
     drained = engine.fsm
@@ -163,9 +157,9 @@ def _scale(link: RankLink, sources: Path) -> dict[str, Any]:
     engine.state.start_async_loop()
     engine.run_epochs(2)
     return {
-        "drained": (health.is_frozen, health.is_drained, _names(drained.outcomes)),
+        "drained": (health.is_frozen, health.is_drained, outcome_names(drained.outcomes)),
         "reshuffled": reshuffled,
-        "after": (_names(engine.fsm.outcomes), engine.slots_are_right()),
+        "after": (outcome_names(engine.fsm.outcomes), engine.slots_are_right()),
     }
 
 
