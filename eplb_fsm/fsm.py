@@ -352,12 +352,13 @@ class RebalanceFSM:
 
     @property
     def is_window_open(self) -> bool:
-        """Whether the next step may be one of the ``window_size`` ones before an epoch that the interval starts.
+        """Whether the next step may be part of the window that a plan is made from; an engine need not count in others.
 
-        An engine need not count in others, unless it calls :meth:`request_rebalance`: an epoch that is asked for has no
-        load then.
+        That is so within ``window_size`` steps of an epoch that the interval starts, and while this rank wants one, as
+        after an abort: an epoch that is asked for is planned from what was counted since.
         """
-        return self._step_idx >= self._core.epoch_start_step + self._window_lead
+        core = self._core
+        return self._step_idx >= core.epoch_start_step + self._window_lead or core.wishes[0]
 
     @property
     def moved_bytes(self) -> int:

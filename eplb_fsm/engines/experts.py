@@ -26,6 +26,14 @@ class Experts(NamedTuple):
     bank: Bank
     modules: tuple[torch.nn.Module, ...]
 
+    def are_current(self) -> bool:
+        """Whether the modules still compute with these tensors, and have not been given others."""
+        return all(
+            getattr(module, name).data_ptr() == tensor.data_ptr()
+            for module, tensors in zip(self.modules, self.bank.tensors, strict=True)
+            for name, tensor in tensors.items()
+        )
+
 
 def find_experts(
     name: str,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 from eplb_fsm.config import RebalanceConfig
-from eplb_fsm.engines.contract import EngineContract
-from eplb_fsm.errors import UsageError
+from eplb_fsm.engines.contract import EngineContract, Meeting
+from eplb_fsm.errors import EplbError, UsageError
 from eplb_fsm.fsm import RebalanceFSM
+from eplb_fsm.runtime.domain import Domain, Handshake
 from eplb_fsm.runtime.parts import EngineSide
 
 logger = logging.getLogger(__name__)
@@ -146,10 +148,21 @@ class Session:
         self.step = _no_step
 
     def _connect(self) -> EngineSide:
-        meeting, side = self._engine.meeting(), self._engine.side()
+        meeting = self._engine.meeting()
         # A store that was made for a new membership is as new to ranks that have just come.
         self._generation = self._generation + 1 if meeting.store is self._store else 0
         self._store = meeting.store
+        # An engine may adopt inside a forward pass, and the worker cannot write tensors of inference mode.
+        with torch.inference_mode(False):
+            return self._connect_at(meeting)
+
+    def _connect_at(self, meeting: Meeting) -> EngineSide:
+        try:
+            side = self._engine.side()
+        except EplbError as error:
+            domain = Domain(meeting.rank, meeting.world_size, self._generation, meeting.name)
+            Handshake(meeting.store, domain, self._config.start_timeout_s).fail(error)  # the others do not wait then
+            raise
         self._fsm = RebalanceFSM.connect_side(
             meeting.store,
             meeting.rank,

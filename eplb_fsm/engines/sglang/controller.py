@@ -43,6 +43,7 @@ class BackgroundEPLBManager(EPLBManager):  # type: ignore[misc]  # SGLang is not
         self.config = make_config(moe, parallel, getattr(model, "num_groups", None), os.environ)
         self._engine = SGLangEngine(self._get_model)
         self.session = Session(self._engine, self.config)
+        self._may_adopt = True
 
     def start(self) -> None:
         """Connect to the other ranks and try the experts out; blocks until all of them have loaded the model."""
@@ -64,13 +65,15 @@ class BackgroundEPLBManager(EPLBManager):  # type: ignore[misc]  # SGLang is not
         """
         self.session.abandon("SGLang rebalances itself, after a rank fault")
         yield from super().rebalance()
-        if is_whole():
+        if self._may_adopt and is_whole():
             self._adopt()
 
     def reset_generator(self) -> None:
         """Abort the epoch under way at an agreed step; with elastic EP SGLang replaces the map next, so give it up."""
         super().reset_generator()
         if get_exec().moe.elastic_ep_backend is not None:
+            # A rank that comes back is a new process, which cannot know of the generations before it.
+            self._may_adopt = False
             self.session.abandon("ranks come back or join, and SGLang replaces the map of experts")
         else:
             self.session.request_abort()
@@ -86,6 +89,19 @@ class BackgroundEPLBManager(EPLBManager):  # type: ignore[misc]  # SGLang is not
         if not self.session.is_abandoned:
             self._engine.count_load()
         self.session.unfreeze(_DISABLED)
+
+    def check_experts(self) -> None:
+        """After a reload: where SGLang put other tensors into the place of the experts', end all rebalancing.
+
+        SGLang's own rebalance would move the old ones, too.
+        """
+        if not self.session.is_abandoned and not self._engine.has_same_experts():
+            logger.error(
+                "SGLang has replaced tensors of experts in a reload, so they cannot be moved any more, by nobody: "
+                "restart to rebalance again"
+            )
+            self.session.abandon("tensors of experts were replaced")
+            super().disable_rebalance("tensors of experts were replaced")
 
     def _adopt(self) -> None:
         try:

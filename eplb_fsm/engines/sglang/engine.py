@@ -33,6 +33,7 @@ class SGLangEngine:
         self._get_model = get_model
         self._experts: Experts | None = None
         self._load: PhysicalLoadRecorder | None = None
+        self._passes: CountedPasses | None = None
 
     def meeting(self) -> Meeting:
         """The ranks that share experts: those of one pipeline stage."""
@@ -55,7 +56,7 @@ class SGLangEngine:
         self._load = PhysicalLoadRecorder([placement], metadata.physical_to_logical_map.device)
         self.count_load()
         tables = LocationTables(
-            metadata, bank.layer_ids, rank=parallel.moe_ep_rank, num_nodes=parallel.nnodes, load=self._load
+            metadata, bank.layer_ids, rank=parallel.moe_ep_rank, num_nodes=parallel.nnodes, load=self
         )
         return EngineSide(banks=[bank], placements=[placement], load_source=self._load, map_writer=tables)
 
@@ -82,23 +83,31 @@ class SGLangEngine:
             return None
         return make_probe(self._experts, run_standard_slot, "hidden_size")
 
+    def has_same_experts(self) -> bool:
+        """Whether the model still computes with the tensors that were registered."""
+        return self._experts is not None and self._experts.are_current()
+
     def count_load(self) -> None:
         """Count with SGLang's recorder, from its next pass on; again where it has made another recorder.
 
         Without an all-to-all backend every rank's recorder counts the tokens of all, so only the first one counts.
         """
-        if (
-            self._load is None
-            or self._experts is None
-            or (get_exec().moe.moe_a2a_backend == "none" and get_parallel().moe_ep_rank)
-        ):
+        if self._load is None or self._experts is None:
             return
         accumulator = get_global_expert_distribution_recorder()._accumulator
         passes = accumulator._global_physical_count_of_buffered_step
         if isinstance(passes, CountedPasses):
             passes = passes.kept
-        layers = self._experts.bank.layer_ids
-        accumulator._global_physical_count_of_buffered_step = CountedPasses(passes, self._load, layers)
+        counts = get_exec().moe.moe_a2a_backend != "none" or get_parallel().moe_ep_rank == 0
+        self._passes = CountedPasses(passes, self._load if counts else None, self._experts.bank.layer_ids)
+        accumulator._global_physical_count_of_buffered_step = self._passes
+
+    def remap(self, bank: int, layers: torch.Tensor, rows: torch.Tensor) -> None:
+        """Tell both who count what slots hold from here on; in stream order."""
+        assert self._load is not None
+        self._load.remap(bank, layers, rows)
+        if self._passes is not None:
+            self._passes.num_since_change = 0
 
 
 class CountedPasses:
@@ -106,24 +115,34 @@ class CountedPasses:
 
     Args:
         kept: SGLang's own buffer, which goes on to keep them, for dumps that users ask for.
-        load: Counts them.
+        load: Counts them; None: another rank counts the same tokens.
         layers: Rows of a pass that are MoE layers of the bank.
+
+    Attributes:
+        num_since_change: Passes since the map changed.
     """
 
-    def __init__(self, kept: Any, load: PhysicalLoadRecorder, layers: tuple[int, ...]) -> None:
+    def __init__(self, kept: Any, load: PhysicalLoadRecorder | None, layers: tuple[int, ...]) -> None:
         self.kept = kept
         self._load = load
         self._layers = _as_slice(layers)
+        self.num_since_change = len(kept.get_all())
 
     def append(self, value: torch.Tensor) -> None:
         """Take the counts of a pass, int32 (num_layers, num_physical_experts)."""
-        self._load.add(0, value[self._layers])
+        if self._load is not None:
+            self._load.add(0, value[self._layers])
         self.kept.append(value)
+        self.num_since_change += 1
 
     def get_all(self) -> torch.Tensor:
-        """As SGLang's."""
+        """What SGLang keeps, but zero for passes before the last change of the map: SGLang reads all by the new map."""
         passes: torch.Tensor = self.kept.get_all()
-        return passes
+        num_passes = min(self.num_since_change, len(passes))
+        newest = (self.kept._curr_index - 1 - torch.arange(num_passes)) % len(passes)
+        since = torch.zeros_like(passes)
+        since[newest] = passes[newest]
+        return since
 
     def reset(self) -> None:
         """Forget the passes that SGLang keeps; a user's dump does not touch the load that plans are made from."""

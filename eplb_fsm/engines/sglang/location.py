@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from eplb_fsm.load.physical import PhysicalLoadRecorder
 from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.split import turn_tables
 from eplb_fsm.placement.validate import Float64Array
-from eplb_fsm.runtime.maps import table_rows
+from eplb_fsm.runtime.maps import Remapped, table_rows
 
 
 class _Prepared(NamedTuple):
@@ -31,7 +30,7 @@ class LocationTables:
         model_layers: The model's number of each MoE layer of the bank: its row in the tables.
         rank: This rank of the expert-parallel group.
         num_nodes: Nodes that the ranks are on.
-        load: Counts physical experts, so it has to know what they hold.
+        load: Is told what slots hold.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class LocationTables:
         *,
         rank: int,
         num_nodes: int,
-        load: PhysicalLoadRecorder,
+        load: Remapped,
     ) -> None:
         self._metadata = metadata
         self._model_layers = tuple(model_layers)

@@ -67,6 +67,9 @@ def check_supported(moe: Any, parallel: Any) -> None:
         "start with --enable-eplb, which makes SGLang count the load of experts": not moe.enable_eplb,
         f"--expert-distribution-recorder-mode {moe.expert_distribution_recorder_mode} does not count each expert's "
         "tokens in every pass; leave it out": moe.expert_distribution_recorder_mode not in ("stat", "stat_approx"),
+        "--expert-distribution-recorder-buffer-size -1 keeps every pass for good; leave it out": (
+            (moe.expert_distribution_recorder_buffer_size or 0) < 0
+        ),
         "--ep-dispatch-algorithm lp keeps solvers of its own for the map; use static or dynamic": (
             moe.ep_dispatch_algorithm == "lp"
         ),
@@ -82,6 +85,5 @@ def check_supported(moe: Any, parallel: Any) -> None:
 
 
 def _window_size(moe: Any) -> int:
-    """Passes that SGLang's recorder keeps; without a limit those between two rebalances."""
-    size = moe.expert_distribution_recorder_buffer_size
-    return int(size if size is not None and size > 0 else moe.eplb_rebalance_num_iterations)
+    """Passes that SGLang's recorder keeps, by default those between two rebalances."""
+    return int(moe.expert_distribution_recorder_buffer_size or moe.eplb_rebalance_num_iterations)

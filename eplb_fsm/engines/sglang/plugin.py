@@ -11,7 +11,7 @@ from typing import Any
 
 from eplb_fsm.engines.fingerprints import check_fingerprints, read_tested
 from eplb_fsm.engines.switch import VARIABLE, is_asked
-from eplb_fsm.errors import ConfigError, EplbError
+from eplb_fsm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def register() -> None:
             return
         check_fingerprints("SGLang", version("sglang"), read_tested("sglang"))
         _hook()
-    except EplbError as error:
+    except Exception as error:  # whatever it is, SGLang would only log it
         sys.exit(f"{VARIABLE} is set, but SGLang cannot rebalance in the background: {error}")
 
 
@@ -81,19 +81,20 @@ def start_manager(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
 
 def frozen_during(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
     """Around a reload of weights: no row is in transfer, and no chunk becomes live."""
-    session = _session(updater)
-    session.freeze_now(original.__name__)
+    manager = _manager(updater)
+    manager.session.freeze_now(original.__name__)
     try:
         return original(updater, *args, **kwargs)
     finally:
-        session.unfreeze(original.__name__)
+        manager.check_experts()
+        manager.session.unfreeze(original.__name__)
 
 
 def frozen_from(reason: str) -> Callable[..., Any]:
     """Return a hook that freezes before a method and leaves it so."""
 
     def hook(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
-        _session(updater).freeze_now(reason)
+        _manager(updater).session.freeze_now(reason)
         return original(updater, *args, **kwargs)
 
     return hook
@@ -104,11 +105,13 @@ def frozen_until(reason: str) -> Callable[..., Any]:
 
     def hook(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(updater, *args, **kwargs)
-        _session(updater).unfreeze(reason)
+        manager = _manager(updater)
+        manager.check_experts()
+        manager.session.unfreeze(reason)
         return result
 
     return hook
 
 
-def _session(updater: Any) -> Any:
-    return updater.tp_worker.model_runner.eplb_manager.session
+def _manager(updater: Any) -> Any:
+    return updater.tp_worker.model_runner.eplb_manager

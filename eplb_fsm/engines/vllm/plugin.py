@@ -5,20 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from functools import partial
+from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from eplb_fsm.engines.fingerprints import check_fingerprints, read_tested
 from eplb_fsm.engines.late import on_import
 from eplb_fsm.engines.switch import VARIABLE, is_asked
-from eplb_fsm.errors import ConfigError, EplbError
+from eplb_fsm.errors import ConfigError, UsageError
+from eplb_fsm.placement.placement import Placement
 
 RUNNERS = {
     "vllm.v1.worker.gpu_model_runner": "BackgroundEplbState",
     "vllm.v1.worker.gpu.eplb_utils": "BackgroundEplbStateV2",
 }
 """The modules whose ``EplbState`` is looked up when a model is loaded, and what takes its place there."""
+
+
+MODEL_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+"""The modules of the two model runners, which reload weights."""
 
 
 def register() -> None:
@@ -30,10 +35,13 @@ def register() -> None:
         if not is_asked(os.environ):
             return
         check_fingerprints("vLLM", _version(), read_tested("vllm"))
-    except EplbError as error:
+    except Exception as error:  # whatever it is, vLLM would only log it
         sys.exit(f"{VARIABLE} is set, but vLLM cannot rebalance in the background: {error}")
     for module, name in RUNNERS.items():
         on_import(module, partial(_replace, name))
+    on_import("vllm.v1.worker.worker_base", _require_eplb)
+    for module in MODEL_RUNNERS:
+        on_import(module, _guard_reload)
 
 
 def _replace(name: str, runner: Any) -> None:
@@ -41,6 +49,42 @@ def _replace(name: str, runner: Any) -> None:
 
     runner.EplbState = getattr(state, name)
     _log_as_vllm()
+
+
+def _require_eplb(worker_base: Any) -> None:
+    """Have no worker start that would not rebalance although that was asked for."""
+    make = worker_base.WorkerBase.__init__
+
+    @wraps(make)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if not vllm_config.parallel_config.enable_eplb:
+            raise ConfigError(f"{VARIABLE} is set, but vLLM does not rebalance: start with --enable-eplb")
+        make(self, vllm_config, *args, **kwargs)
+
+    worker_base.WorkerBase.__init__ = init
+
+
+def _guard_reload(runner: Any) -> None:
+    """Keep vLLM from loading weights into slots by the map of its start, which no longer holds."""
+    reload_weights = runner.GPUModelRunner.reload_weights
+
+    @wraps(reload_weights)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        session = getattr(self.eplb_state, "session", None)
+        if session is None or session.is_abandoned:
+            return reload_weights(self, *args, **kwargs)
+        session.freeze_now("reload_weights()")
+        try:
+            if any(placement != Placement.initial(*placement.shape) for placement in session.fsm.placements):
+                raise UsageError(
+                    "reload_weights(): experts have moved, and vLLM loads each into the slot that it had at the start; "
+                    "restart with the new weights, or serve without rebalancing"
+                )
+            return reload_weights(self, *args, **kwargs)
+        finally:
+            session.unfreeze("reload_weights()")
+
+    runner.GPUModelRunner.reload_weights = guarded
 
 
 def _log_as_vllm() -> None:

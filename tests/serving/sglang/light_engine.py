@@ -91,6 +91,7 @@ class LightEngine(Driven):
         self.recorder = self.distribution.ExpertDistributionRecorder.init_new(self.metadata, link.rank)
         self.distribution.set_global_expert_distribution_recorder(self.recorder)
         self.num_routed = 0
+        self.routed = torch.zeros(NUM_LAYERS, NUM_LOGICAL, dtype=torch.int64)
         self.num_experts = NUM_LOGICAL
         self.manager = self._make_manager(stock)
         num_local = self.metadata.num_local_physical_experts
@@ -145,6 +146,7 @@ class LightEngine(Driven):
             logical, self.dispatch.ExpertLocationDispatchInfo.init_new(layer)
         )
         self.recorder.on_select_experts(physical)
+        self.routed[layer] += torch.bincount(logical.flatten(), minlength=NUM_LOGICAL)
         self.num_routed += physical.numel()
         experts = self.model.layers[layer]
         local = physical - self.link.rank * experts.num_local_experts

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eplb_fsm.core.states import State
-from eplb_fsm.errors import BankError, ConfigError
+from eplb_fsm.errors import BankError, ConfigError, PeerFailed
 from tests.dist.harness import RankFailedError, RankLink, run_ranks
 from tests.serving.driving import outcome_names
 from tests.serving.light import sources_of
@@ -160,6 +160,46 @@ def test_a_reload_of_weights_waits_for_nothing_in_transfer(sources: Path) -> Non
     assert first["after"] == ("COMMITTED", True)
 
 
+def _dump(link: RankLink, sources: Path) -> tuple[bool, bool]:
+    engine = LightEngine(link, sources)
+    engine.manager.start()
+    engine.run_epochs(2)
+    engine.routed.zero_()
+    engine.run_passes(7)
+    dumped = engine.recorder.dump_record(output_mode="object")["logical_count"]
+    committed = outcome_names(engine.fsm.outcomes)[-1] == "COMMITTED"
+    return committed, torch.equal(dumped.sum(0), engine.routed.int() * link.world_size)
+
+
+def test_a_dump_of_the_recorder_holds_passes_of_one_map(sources: Path) -> None:
+    """What a user dumps after a commit are the passes since, which SGLang reads by the map they were made with."""
+    assert run_ranks(2, _dump, sources) == [(True, True)] * 2
+
+
+def _replace_experts(link: RankLink, sources: Path) -> tuple[bool, int]:
+    from eplb_fsm.engines.sglang import plugin
+
+    engine = LightEngine(link, sources)
+    engine.manager.start()
+    engine.run_passes(3)
+    updater = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=SimpleNamespace(eplb_manager=engine.manager)))
+
+    def end_weight_update(_: Any) -> None:
+        experts: Any = engine.model.layers[1]
+        experts.w2_weight = torch.nn.Parameter(experts.w2_weight.clone(), requires_grad=False)
+
+    plugin.frozen_until("begin_weight_update")(end_weight_update, updater)
+    before = engine.metadata.physical_to_logical_map.clone()
+    engine.hot = 5
+    engine.run_passes(60)
+    return engine.manager.session.is_abandoned, int((engine.metadata.physical_to_logical_map != before).sum())
+
+
+def test_tensors_that_a_reload_has_replaced_end_rebalancing(sources: Path) -> None:
+    """Where SGLang computes with other tensors after a reload, nobody moves experts any more, and serving goes on."""
+    assert run_ranks(2, _replace_experts, sources) == [(True, 0)] * 2
+
+
 def _recover(link: RankLink, sources: Path) -> dict[str, Any]:
     engine = LightEngine(link, sources)
     engine.manager.start()
@@ -227,10 +267,13 @@ def _start_refused(link: RankLink, sources: Path, case: str, moe: dict[str, Any]
             experts.run_moe_core = lambda routed: SimpleNamespace(
                 hidden_states=routed.hidden_states @ experts.w13_weight[0] @ packed[0]
             )
+        elif case == "one rank":
+            if link.rank == 1:
+                experts.w13_scale = torch.nn.Parameter(torch.ones(experts.num_local_experts, 1))
         elif case == "replaced":
             experts.w13_weight = torch.nn.Parameter(experts.w13_weight.clone())
         engine.manager.start()
-    except (ConfigError, BankError) as error:
+    except (ConfigError, BankError, PeerFailed) as error:
         return str(error)
     return "started"
 
@@ -240,6 +283,8 @@ def _start_refused(link: RankLink, sources: Path, case: str, moe: dict[str, Any]
     [
         ("", {"enable_eplb": False}, {}, "start with --enable-eplb"),
         ("", {"expert_distribution_recorder_mode": "per_pass"}, {}, "--expert-distribution-recorder-mode per_pass"),
+        ("", {"expert_distribution_recorder_buffer_size": -1}, {}, "keeps every pass for good"),
+        ("one rank", {}, {}, "w13_scale"),
         ("", {"ep_dispatch_algorithm": "lp"}, {}, "--ep-dispatch-algorithm lp"),
         ("", {"ep_join_mode": "scale"}, {}, "--ep-join-mode"),
         ("", {"eplb_algorithm": "deepseek_vec"}, {}, "--eplb-algorithm deepseek_vec"),

@@ -175,3 +175,10 @@ def _stand_in_device() -> None:
     torch.accelerator.current_stream = lambda *args: stream
     torch.accelerator.set_stream = lambda *args: None
     torch.accelerator.set_device_index = lambda *args: None
+
+
+def stand_in_workers() -> None:
+    """Make classes that the plugin guards and that need a whole engine."""
+    stand_in("vllm.v1.worker.worker_base", WorkerBase=type("WorkerBase", (), {"__init__": lambda self, *args: None}))
+    runner = type("GPUModelRunner", (), {"reload_weights": lambda self: "reloaded"})
+    stand_in("vllm.v1.worker.gpu_model_runner", GPUModelRunner=runner)

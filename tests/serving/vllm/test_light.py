@@ -138,6 +138,36 @@ def test_dummy_passes_step_and_count_no_tokens(sources: Path) -> None:
     assert (first["left over"], second["left over"]) == (0, 0)
 
 
+def _window(link: RankLink, sources: Path) -> list[tuple[bool, bool]]:
+    engine = LightEngine(link, sources, eplb_config=eplb_config(step_interval=60, window_size=20))
+    engine.load()
+    seen = []
+
+    def note() -> None:
+        seen.append((engine.state._is_recording, bool(engine.state.should_record_tensor)))
+
+    engine.run_passes(30)
+    note()
+    engine.run_passes(15)
+    note()
+    engine.run_until(lambda: engine.fsm.state is State.TRANSFERRING)
+    note()
+    engine.fsm.request_abort()
+    engine.run_until(lambda: len(engine.fsm.outcomes) == 1)
+    engine.forward()
+    note()
+    engine.run_until(lambda: len(engine.fsm.outcomes) == 2)
+    seen.append((outcome_names(engine.fsm.outcomes)[1] == "COMMITTED", engine.slots_are_right()))
+    return seen
+
+
+def test_layers_count_only_what_a_plan_is_made_from(sources: Path) -> None:
+    """Counting begins a window before an epoch is due, ends with its start, and goes on for the try after an abort."""
+    first, second = run_ranks(2, _window, sources)
+    assert first == second
+    assert first == [(False, False), (True, True), (False, False), (True, True), (True, True)]
+
+
 def _scale(link: RankLink, sources: Path) -> dict[str, Any]:
     engine = LightEngine(link, sources)
     engine.load()
@@ -204,6 +234,7 @@ def _start_refused(link: RankLink, sources: Path, case: str, arguments: dict[str
         ("V1", {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2 with the V1 model runner"),
         ("V1", {"runner_type": "pooling"}, "a pooling model with the V1 model runner"),
         ("V2", {"runner_type": "pooling"}, "started"),
+        ("", {"enable_elastic_ep": True}, "--enable-elastic-ep"),
         ("", {"eplb_config": eplb_config(policy="swipe")}, "policy='swipe'"),
         ("", {"options": {"REPLICA_SPLIT": "weighted"}}, "every rank has to pick the same replica"),
         ("unregistered", {}, "every layer must register the same tensors"),

@@ -7,10 +7,13 @@ import sys
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from eplb_fsm.errors import ConfigError, UsageError
+from eplb_fsm.placement.placement import Placement
 from tests.dist.harness import RankLink, run_ranks
 from tests.serving.light import sources_of
 from tests.serving.vllm import light
@@ -22,6 +25,7 @@ def _register(link: RankLink, sources: Path, asked: str, tampered: str, is_impor
     """Load the plugin as vLLM does, in a process of its own, before or after the runner's module is imported."""
     os.environ["ENABLE_EPLB_REBALANCE_ASYNC"] = asked
     light.install(sources, link.store(), link.rank, link.world_size)
+    light.stand_in_workers()
     if is_imported:
         import_module(RUNNER)
     (plugin,) = entry_points(group="vllm.general_plugins", name="eplb_fsm")
@@ -44,9 +48,41 @@ def _register(link: RankLink, sources: Path, asked: str, tampered: str, is_impor
         "said": said,
         "state": runner.EplbState.__name__,
         "imported early": imported_early,
+        "without EPLB": _start_worker(enable_eplb=False),
+        "with EPLB": _start_worker(enable_eplb=True),
+        "reload": [_reload(moved) for moved in (False, True)],
         "finders": len(sys.meta_path) - len(finders),
         "source is found": "class EPLBController" in (runner.__loader__.get_source(RUNNER) or ""),
     }
+
+
+def _start_worker(*, enable_eplb: bool) -> str:
+    worker = sys.modules["vllm.v1.worker.worker_base"].WorkerBase
+    try:
+        worker(SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=enable_eplb)), 0)
+    except ConfigError as error:
+        return str(error)
+    return "started"
+
+
+def _reload(moved: bool) -> str:
+    """Reload weights while a machine is there."""
+    placement = Placement([[1, 0]] if moved else [[0, 1]], 2, 2)
+    frozen: list[str] = []
+    session = SimpleNamespace(
+        is_abandoned=False,
+        fsm=SimpleNamespace(placements=[placement]),
+        freeze_now=frozen.append,
+        unfreeze=frozen.remove,
+    )
+    runner = sys.modules["vllm.v1.worker.gpu_model_runner"].GPUModelRunner()
+    runner.eplb_state = SimpleNamespace(session=session)
+    try:
+        said = runner.reload_weights()
+    except UsageError as error:
+        said = str(error)
+    assert not frozen
+    return str(said)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +96,7 @@ def test_the_plugin_is_inert_unless_asked(sources: Path, asked: str) -> None:
     """Without the switch nothing of vLLM is replaced, and no import is watched."""
     (seen,) = run_ranks(1, _register, sources, asked, "", False)
     assert (seen["said"], seen["state"], seen["finders"]) == (None, "EplbState", 0)
+    assert (seen["without EPLB"], seen["reload"]) == ("started", ["reloaded", "reloaded"])
 
 
 @pytest.mark.parametrize("is_imported", [False, True])
@@ -68,8 +105,12 @@ def test_the_plugin_replaces_the_state_where_asked(sources: Path, is_imported: b
     (seen,) = run_ranks(1, _register, sources, "1", "", is_imported)
     assert (seen["said"], seen["state"]) == (None, "BackgroundEplbStateV2")
     assert not seen["imported early"]
-    assert seen["finders"] == 1  # for the V1 runner, which nobody has imported
+    assert seen["finders"] == 1  # for the module of the V2 runner, which nobody has imported
     assert seen["source is found"]
+    assert seen["with EPLB"] == "started"
+    assert "start with --enable-eplb" in seen["without EPLB"]
+    assert seen["reload"][0] == "reloaded"
+    assert "experts have moved" in seen["reload"][1]
 
 
 def test_a_changed_symbol_ends_the_start_with_the_reason(sources: Path) -> None:
