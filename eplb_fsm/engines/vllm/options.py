@@ -66,6 +66,12 @@ def check_supported(vllm_config: Any, *, is_v2_runner: bool) -> None:
     refused = {
         f"--pipeline-parallel-size {parallel.pipeline_parallel_size} with the V1 model runner, where only the last "
         "stage steps after a pass": parallel.pipeline_parallel_size > 1 and not is_v2_runner,
+        "--weight-transfer-config, since vLLM loads each expert into the slot that it had at the start": (
+            getattr(vllm_config, "weight_transfer_config", None) is not None
+        ),
+        "--enable-sleep-mode, since experts may be in transfer when their memory goes": getattr(
+            model, "enable_sleep_mode", False
+        ),
         "--enable-elastic-ep, since a machine cannot join another membership yet": parallel.enable_elastic_ep,
         "a pooling model with the V1 model runner, which does not step after a pass": is_pooling and not is_v2_runner,
         f"--eplb-config policy={parallel.eplb_config.policy!r}; choose a policy of eplb_fsm in {ENV_PREFIX}POLICY, and "

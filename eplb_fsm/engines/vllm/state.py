@@ -19,6 +19,8 @@ from eplb_fsm.errors import UsageError
 logger = logging.getLogger(__name__)
 
 _SCALING = "elastic scaling"
+_LOOK_EVERY = 8
+"""Steps between two looks at whether passes are to be counted, so that a step of which nothing is due stays short."""
 
 
 class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not installed where types are checked
@@ -85,8 +87,8 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
         if self._is_recording:
             self._engine.forget_pass() if is_dummy else self._engine.count_pass()
         session.step()
-        if session.is_recording != self._is_recording or log_stats:
-            self._record(session.is_recording or log_stats)
+        if not self.expert_rearrangement_step % _LOOK_EVERY or log_stats:
+            self._follow_window(log_stats)
 
     def drain_async(self) -> None:
         """Give the machine up before vLLM scales; all ranks call it after the same pass, and no transfer is left."""
@@ -115,9 +117,15 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
             self.is_async = is_async
         return result
 
-    def _record(self, is_recording: bool) -> None:
+    def _follow_window(self, log_stats: bool) -> None:
         """Have the layers count from the next pass on, or no longer: as in vLLM only what a plan is made from."""
+        assert self.session is not None
+        is_recording = self.session.is_recording or log_stats
+        if is_recording == self._is_recording:
+            return
         self._is_recording = is_recording
+        if is_recording:
+            self._engine.forget_pass()  # of passes before, such as those of a warm-up
         if self.should_record_tensor is not None:
             self.should_record_tensor.fill_(is_recording)
 

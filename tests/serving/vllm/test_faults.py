@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.serving.driving import BACKGROUND, epochs
 from tests.serving.vllm.checkpoint import make_checkpoint
 from tests.serving.vllm.harness import EngineError, EngineRun, engine_python, run_engine
-from tests.serving.vllm.test_background import BACKGROUND, epochs
 from tests.serving.vllm.test_own_eplb import OWN_EPLB
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -117,13 +117,11 @@ def test_epochs_go_on_after_a_stop(model: Path, one_rank: EngineRun, fault: str,
 
 
 def test_a_stop_that_outlasts_votes_stops_rebalancing(model: Path, one_rank: EngineRun) -> None:
-    """Where rounds end before the next pass, a rank too late to vote ends them on both, at one map, and they serve on.
-
-    The other rank had promised the chunk and gave up reading its round, so both had to find out over the store what
-    became of it.
-    """
-    limits = {f"EPLB_FSM_{name}_TIMEOUT_S": seconds for name, seconds in (("VOTE", "1"), ("TRANSFER", "2"))}
-    limits |= {"EPLB_FSM_PLAN_TIMEOUT_S": "2", "EPLB_FSM_STAGING_BUFFERS": "1"}
+    """In synchronous mode a rank that is stopped for longer than votes may take ends rounds on both; they serve on."""
+    # With one buffer the other rank votes for its first chunk before it needs the stopped one again. It promises that
+    # chunk and gives up reading the round, so what became of it has to be found out over the store.
+    limits = {"EPLB_FSM_TRANSFER_TIMEOUT_S": "2", "EPLB_FSM_PLAN_TIMEOUT_S": "2"}
+    limits |= {"EPLB_FSM_VOTE_TIMEOUT_S": "1", "EPLB_FSM_STAGING_BUFFERS": "1"}
     run = _run(model, "arrived,1,2,8", use_async=False, **limits)
     since = _since_fault(run.log)
     assert "rank 0: rebalancing stopped (TIMEOUT)" in since
