@@ -74,6 +74,12 @@ def _committed(ranks: Ranks) -> int:
     return number
 
 
+@pytest.mark.compatibility(
+    engine="vLLM",
+    version="0.32.0",
+    what="DPEngineCoreProc, two data-parallel cores: busy and idle rank, waves, with a stand-in worker",
+    how="driven",
+)
 def test_who_idles_steps_as_often_as_who_serves(seen: dict[str, Any]) -> None:
     """While only one rank has requests, both make as many passes and steps, and epochs commit the same maps on both."""
     assert seen["client"] == "DPLBAsyncMPClient"
@@ -119,6 +125,9 @@ def test_rebalancing_goes_on_in_the_next_wave(seen: dict[str, Any]) -> None:
     assert _is_healthy(after)
 
 
+@pytest.mark.compatibility(
+    engine="vLLM", version="0.32.0", what="DPEngineCoreProc: pause and resume (keep, wait, abort)", how="driven"
+)
 @pytest.mark.parametrize("mode", _MODES)
 def test_a_pause_stops_the_steps_of_both_ranks(seen: dict[str, Any], mode: str) -> None:
     """Paused, both loops stand after the same step with what they have, and resumed they serve and rebalance on."""

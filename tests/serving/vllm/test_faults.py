@@ -120,9 +120,9 @@ def test_a_stop_that_outlasts_votes_stops_rebalancing(model: Path, one_rank: Eng
     """In synchronous mode a rank that is stopped for longer than votes may take ends rounds on both; they serve on."""
     # With one buffer the other rank votes for its first chunk before it needs the stopped one again. It promises that
     # chunk and gives up reading the round, so what became of it has to be found out over the store.
-    limits = {"EPLB_FSM_TRANSFER_TIMEOUT_S": "2", "EPLB_FSM_PLAN_TIMEOUT_S": "2"}
+    limits = {"EPLB_FSM_TRANSFER_TIMEOUT_S": "4", "EPLB_FSM_PLAN_TIMEOUT_S": "4"}
     limits |= {"EPLB_FSM_VOTE_TIMEOUT_S": "1", "EPLB_FSM_STAGING_BUFFERS": "1"}
-    run = _run(model, "arrived,1,2,8", use_async=False, **limits)
+    run = _run(model, "arrived,1,2,14", use_async=False, **limits)
     since = _since_fault(run.log)
     assert "rank 0: rebalancing stopped (TIMEOUT)" in since
     assert re.search(r"rank 1 epoch \d+: STOP\(TIMEOUT\) asked for by rank 0", since)
@@ -142,7 +142,8 @@ def test_no_pass_follows_a_failed_commit(model: Path, tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith("exit status 1\n")
     assert "fail-stop: a promised commit failed" in message
-    assert "VllmWorker-1 died unexpectedly (exit code: 70)" in message
+    # vLLM may see the death before the kernel tells it how the process ended.
+    assert re.search(r"VllmWorker-1 died unexpectedly \(exit code: (70|None)\)", message)
     assert _passes_since_fault(tmp_path, rank=1) == 0
 
 
