@@ -12,7 +12,8 @@ from types import ModuleType
 def on_import(name: str, change: Callable[[ModuleType], None]) -> None:
     """Call ``change(module)`` right after the module has been executed, or now if it has been already.
 
-    Engines load their plugins in every process, and most of these never need what is to be replaced.
+    Engines load their plugins in every process, and most of these never need what is to be replaced. A module may be
+    changed more than once; changes come in the order in which they were asked for.
 
     Args:
         name: Of a module on ``sys.path``.
@@ -20,34 +21,38 @@ def on_import(name: str, change: Callable[[ModuleType], None]) -> None:
     """
     if name in sys.modules:
         change(sys.modules[name])
-    else:
-        sys.meta_path.insert(0, _Finder(name, change))
+        return
+    for finder in sys.meta_path:
+        if isinstance(finder, _Finder) and finder.name == name:
+            finder.changes.append(change)
+            return
+    sys.meta_path.insert(0, _Finder(name, change))
 
 
 class _Finder(MetaPathFinder):
     """Finds one module as the path does, once."""
 
     def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
-        self._name = name
-        self._change = change
+        self.name = name
+        self.changes = [change]
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return a spec whose loader changes the module; None for every other module."""
-        if fullname != self._name:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._change)
+            spec.loader = _Loader(spec.loader, self.changes)
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, inner: Loader, change: Callable[[ModuleType], None]) -> None:
+    def __init__(self, inner: Loader, changes: Sequence[Callable[[ModuleType], None]]) -> None:
         self._inner = inner
-        self._change = change
+        self._changes = changes
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._inner.create_module(spec)
@@ -58,4 +63,5 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._inner
         self._inner.exec_module(module)
-        self._change(module)
+        for change in self._changes:
+            change(module)

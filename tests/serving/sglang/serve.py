@@ -53,11 +53,12 @@ def serving(
     ranks: int = 1,
     arguments: Mapping[str, object] | None = None,
     variables: Mapping[str, str] | None = None,
+    launcher: Sequence[str] = ("-m", "sglang.launch_server"),
     timeout_s: float = 600.0,
 ) -> Iterator[Server]:
     """A server that is up; all its processes are killed at the end. The folder gets its log."""
     options = engine_arguments(checkpoint, ranks, {"host": "127.0.0.1", **(arguments or {})})
-    command = ["-m", "sglang.launch_server", *_flags(options)]
+    command = [*launcher, *_flags(options)]
     with started(command, folder, environment(ranks, variables)) as (process, log):
         server = Server(f"http://127.0.0.1:{options['port']}", process, log)
         _wait_until_up(server, time.monotonic() + timeout_s)

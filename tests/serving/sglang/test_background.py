@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from eplb_fsm.engines.switch import FLAG, VARIABLE
 from tests.serving.driving import BACKGROUND, epochs
 from tests.serving.sglang.checkpoint import make_checkpoint
 from tests.serving.sglang.harness import (
@@ -52,10 +53,16 @@ def test_the_tokens_stay_through_epochs(checkpoint: Path, reference: Outcome, tm
     assert outcome.tokens == reference.tokens * 3
 
 
-@pytest.mark.compatibility(engine="SGLang", version="0.5.23", what="HTTP server on CPUs, TP2/EP2", how="tested")
+@pytest.mark.compatibility(
+    engine="SGLang", version="0.5.23", what="HTTP server on CPUs by eplb-fsm sglang, TP2/EP2", how="tested"
+)
 def test_the_server_answers_meanwhile(checkpoint: Path, reference: Outcome, tmp_path: Path) -> None:
-    """Over HTTP every answer is that of one rank while at least five epochs commit."""
-    with serving(checkpoint, tmp_path, ranks=2, arguments=own_eplb(10), variables=VARIABLES) as server:
+    """Started by `eplb-fsm sglang`, a server gives the answers of one rank while at least five epochs commit."""
+    variables = {name: value for name, value in VARIABLES.items() if name != VARIABLE}
+    launcher = ("-m", "eplb_fsm", "sglang", FLAG)
+    with serving(
+        checkpoint, tmp_path, ranks=2, arguments=own_eplb(10), variables=variables, launcher=launcher
+    ) as server:
         for _ in range(8):
             assert [server.generate(prompt, TOKENS) for prompt in PROMPTS] == reference.tokens[0]
             if len(epochs(server.log)) >= 5:
