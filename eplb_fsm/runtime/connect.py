@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -102,7 +103,7 @@ def _connect(
         channel=channel,
         transport=transport,
         board=BackgroundMarkBoard(StoreMarkBoard(domain, store), domain.world_size),
-        meet=lambda word, step_idx: _meet(handshake, word, step_idx),
+        meet=partial(_meet, handshake),
         lag=lag,
     )
     mailbox = Mailbox()

@@ -100,6 +100,7 @@ class BackgroundEPLBManager(EPLBManager):  # type: ignore[misc]  # SGLang is not
                 "SGLang has replaced tensors of experts in a reload, so they cannot be moved any more, by nobody: "
                 "restart to rebalance again"
             )
+            self._may_adopt = False
             self.session.abandon("tensors of experts were replaced")
             super().disable_rebalance("tensors of experts were replaced")
 

@@ -28,8 +28,7 @@ def make_config(eplb_config: Any, layout: Layout, environ: Mapping[str, str]) ->
     """Translate ``--eplb-config``, field by field; variables ``EPLB_FSM_<OPTION>`` win over it.
 
     ``use_async=False`` is our synchronous mode. ``communicator`` and ``enable_migration_batching`` say how vLLM's own
-    transfer works, which goes on to serve elastic scaling; ours has a group of its own and needs neither. Balancedness
-    is logged as vLLM logs it.
+    transfer works; ours has a group of its own and needs neither. Balancedness is logged as vLLM logs it.
 
     Args:
         eplb_config: vLLM's ``EPLBConfig``.

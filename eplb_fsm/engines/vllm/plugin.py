@@ -21,7 +21,6 @@ RUNNERS = {
 }
 """The modules whose ``EplbState`` is looked up when a model is loaded, and what takes its place there."""
 
-
 MODEL_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 """The modules of the two model runners, which reload weights."""
 

@@ -28,7 +28,8 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
 
     vLLM makes one, adds the models, and has :meth:`start_async_loop` called: there the machine is connected to the
     other ranks. Before elastic scaling :meth:`drain_async` gives it up, vLLM's own reshuffle, which blocks, writes
-    weights and maps, and :meth:`start_async_loop` adopts what it wrote.
+    weights and maps, and :meth:`start_async_loop` adopts what it wrote; joining another membership is not done yet, so
+    that elastic scaling is refused at the start.
 
     Args:
         parallel_config: vLLM's.
