@@ -56,6 +56,7 @@ class VllmEngine:
         self._counts = [state.expert_load_pass for state in states]
         self._load = PhysicalLoadRecorder(placements, self._counts[0].device)
         self._takers = [self._load.taker(bank, counts) for bank, counts in enumerate(self._counts)]
+        self.forget_pass()  # of a pass before this connection, whose slots may have held other experts
         maps = [_maps(state, placement) for state, placement in zip(states, placements, strict=True)]
         return EngineSide(
             banks=[experts.bank for experts in self._experts],
@@ -76,6 +77,12 @@ class VllmEngine:
         """Take what the layers have counted in the last pass."""
         for take in self._takers:
             take()
+
+    def take_loads(self) -> list[torch.Tensor]:
+        """Take this rank's tokens per expert out of the window: int64 (layers, logical experts) of each model."""
+        assert self._load is not None
+        self._load.snapshot()
+        return [snapshot.clone() for snapshot in self._load.snapshots]
 
     def forget_pass(self) -> None:
         """Drop what the layers have counted in the last pass: nobody asked for its tokens."""

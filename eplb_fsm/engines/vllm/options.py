@@ -71,7 +71,6 @@ def check_supported(vllm_config: Any, *, is_v2_runner: bool) -> None:
         "--enable-sleep-mode, since experts may be in transfer when their memory goes": getattr(
             model, "enable_sleep_mode", False
         ),
-        "--enable-elastic-ep, since a machine cannot join another membership yet": parallel.enable_elastic_ep,
         "a pooling model with the V1 model runner, which does not step after a pass": is_pooling and not is_v2_runner,
         f"--eplb-config policy={parallel.eplb_config.policy!r}; choose a policy of eplb_fsm in {ENV_PREFIX}POLICY, and "
         "leave this one at 'default'": parallel.eplb_config.policy != "default",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,8 +13,7 @@ from typing import Any
 from eplb_fsm.engines.fingerprints import check_fingerprints, read_tested
 from eplb_fsm.engines.late import on_import
 from eplb_fsm.engines.switch import VARIABLE, is_asked
-from eplb_fsm.errors import ConfigError, UsageError
-from eplb_fsm.placement.placement import Placement
+from eplb_fsm.errors import ConfigError
 
 RUNNERS = {
     "vllm.v1.worker.gpu_model_runner": "BackgroundEplbState",
@@ -64,24 +64,15 @@ def _require_eplb(worker_base: Any) -> None:
 
 
 def _guard_reload(runner: Any) -> None:
-    """Keep vLLM from loading weights into slots by the map of its start, which no longer holds."""
+    """Keep vLLM from loading weights into slots by the map of its start, if that no longer holds."""
     reload_weights = runner.GPUModelRunner.reload_weights
 
     @wraps(reload_weights)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = getattr(self.eplb_state, "session", None)
-        if session is None or session.is_abandoned:
+        # Without EPLB there is no state, and a state of vLLM's own has no such method.
+        reloading = getattr(self.eplb_state, "reloading", nullcontext)
+        with reloading():
             return reload_weights(self, *args, **kwargs)
-        session.freeze_now("reload_weights()")
-        try:
-            if any(placement != Placement.initial(*placement.shape) for placement in session.fsm.placements):
-                raise UsageError(
-                    "reload_weights(): experts have moved, and vLLM loads each into the slot that it had at the start; "
-                    "restart with the new weights, or serve without rebalancing"
-                )
-            return reload_weights(self, *args, **kwargs)
-        finally:
-            session.unfreeze("reload_weights()")
 
     runner.GPUModelRunner.reload_weights = guarded
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ from vllm.distributed.parallel_state import get_ep_group, get_node_count
 from eplb_fsm.engines.session import Session
 from eplb_fsm.engines.vllm.engine import VllmEngine
 from eplb_fsm.engines.vllm.options import Layout, check_supported, make_config
-from eplb_fsm.errors import UsageError
+from eplb_fsm.errors import EplbError, UsageError
 
 logger = logging.getLogger(__name__)
 
 _SCALING = "elastic scaling"
+_RELOADING = "reload_weights()"
 _LOOK_EVERY = 8
 """Steps between two looks at whether passes are to be counted, so that a step of which nothing is due stays short."""
 
@@ -27,9 +30,8 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
     """Rebalances in the background; what vLLM does where ranks come and go stays its own.
 
     vLLM makes one, adds the models, and has :meth:`start_async_loop` called: there the machine is connected to the
-    other ranks. Before elastic scaling :meth:`drain_async` gives it up, vLLM's own reshuffle, which blocks, writes
-    weights and maps, and :meth:`start_async_loop` adopts what it wrote; joining another membership is not done yet, so
-    that elastic scaling is refused at the start.
+    other ranks. When vLLM scales, :meth:`drain_async` closes that machine and vLLM's own reshuffle, which blocks,
+    writes weights and maps. The first step after it connects a new machine, on ranks that stayed and that came.
 
     Args:
         parallel_config: vLLM's.
@@ -46,6 +48,7 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
         super().__init__(parallel_config, device)
         self._engine = VllmEngine(self.model_states)
         self.session: Session | None = None
+        self._starts_at_step = False
         self._is_recording = True
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
@@ -63,24 +66,40 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
         added.expert_load_window = added.expert_load_window[:0].clone()  # passes are summed, not kept
 
     def start_async_loop(self, rank_mapping: dict[int, int] | None = None, is_profile: bool = False) -> None:
-        """Connect to the other ranks and try the experts out, or adopt the map that vLLM's reshuffle wrote; blocks."""
-        if self.session is None:
-            model = next(iter(self.model_states.values())).model
-            layout = Layout(_num_nodes(), model.num_expert_groups or 1, model.num_redundant_experts)
-            config = make_config(self.parallel_config.eplb_config, layout, os.environ)
-            self.session = Session(self._engine, config)
-            self.session.start()
-            logger.info("EPLB runs by eplb_fsm: %s", config.changed)
-        elif self.session.is_abandoned:
-            self.session.adopt()
+        """Connect to the other ranks and try the experts out; blocks. After a reshuffle the next step does so.
+
+        When vLLM scales down it calls this before the ranks that leave have left, and when it scales up the ranks that
+        have come are not yet waited for: only a step finds every rank of the new membership, and no other.
+        """
+        if self.session is None and not self._starts_at_step:
+            self._start()
+
+    def _start_anew(self) -> None:
+        """Connect the ranks of another membership; where that fails, they serve on with the map that vLLM made."""
+        self._starts_at_step = False
+        try:
+            self._start()
+        except EplbError as error:
+            self.session = None
+            logger.error("EPLB has ended with %s: %s", _SCALING, error)
+
+    def _start(self) -> None:
+        model = next(iter(self.model_states.values())).model
+        layout = Layout(_num_nodes(), model.num_expert_groups or 1, model.num_redundant_experts)
+        config = make_config(self.parallel_config.eplb_config, layout, os.environ)
+        self.session = Session(self._engine, config)
+        self.session.start()
+        logger.info("EPLB runs by eplb_fsm: %s", config.changed)
 
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
         """Step the machine, after every forward pass, real or dummy, on every rank; a profiling pass counts on none."""
-        session = self.session
-        if session is None:
-            return
         if is_profile:
             self._engine.forget_pass()
+            return
+        if self._starts_at_step:
+            self._start_anew()
+        session = self.session
+        if session is None:
             return
         self.expert_rearrangement_step += 1
         if log_stats and self.expert_rearrangement_step % self._log_interval == 0:
@@ -92,11 +111,22 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
             self._follow_window(log_stats)
 
     def drain_async(self) -> None:
-        """Give the machine up before vLLM scales; all ranks call it after the same pass, and no transfer is left."""
-        if self.session is not None and not self.session.is_abandoned:
-            self.session.freeze_now(_SCALING)
-            self.session.abandon(_SCALING)
-            self.session.unfreeze(_SCALING)
+        """Close the machine before vLLM scales; all ranks call it after the same pass, and no transfer is left.
+
+        Blocks. What was counted last becomes the load that vLLM's reshuffle places experts by.
+
+        Raises:
+            EplbError: As :meth:`.RebalanceFSM.quiesce_now`.
+        """
+        if self.session is None:
+            return
+        self.session.freeze_now(_SCALING)
+        self.session.close()
+        self.session = None
+        loads = self._allreduce_list(self._engine.take_loads())
+        for state, load in zip(self.model_states.values(), loads, strict=True):
+            if load.any():
+                state.last_expert_load = load
 
     def rearrange(
         self,
@@ -104,19 +134,41 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
         rank_mapping: dict[int, int] | None = None,
         use_last_expert_load: bool = False,
     ) -> torch.Tensor | None:
-        """Reshuffle as vLLM does when it scales: blocks, and needs the machine to be given up.
+        """Reshuffle as vLLM does when it scales: blocks, and needs the machine to be closed.
 
         Raises:
             UsageError: It is not, and both would write the same rows.
         """
-        if self.session is not None and not self.session.is_abandoned:
+        if self.session is not None:
             raise UsageError("rearrange() moves experts itself: drain_async() first")
         is_async, self.is_async = self.is_async, False
         try:
             result: torch.Tensor | None = super().rearrange(is_profile, rank_mapping, use_last_expert_load)
         finally:
             self.is_async = is_async
+        self._starts_at_step = not is_profile
         return result
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Have experts stand still while vLLM loads weights, each into the slot that it had at the start; blocks.
+
+        Raises:
+            UsageError: Some are in other slots.
+            EplbError: As :meth:`.RebalanceFSM.quiesce_now`.
+        """
+        if self.session is not None:
+            self.session.freeze_now(_RELOADING)
+        try:
+            if any(map(_have_moved, self.model_states.values())):
+                raise UsageError(
+                    f"{_RELOADING}: experts have moved, and vLLM loads each into the slot that it had at the start; "
+                    "restart with the new weights, or serve without rebalancing"
+                )
+            yield
+        finally:
+            if self.session is not None:
+                self.session.unfreeze(_RELOADING)
 
     def _follow_window(self, log_stats: bool) -> None:
         """Have the layers count from the next pass on, or no longer: as in vLLM only what a plan is made from."""
@@ -149,7 +201,7 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
                     average,
                     most,
                     average / most if most else 0.0,
-                    "scaling" if self.session is None or self.session.is_abandoned else self.session.fsm.state.value,
+                    self.session.fsm.state.value if self.session else "none",
                 )
 
 
@@ -157,6 +209,15 @@ class BackgroundEplbStateV2(BackgroundEplbState):
     """The same under vLLM's second model runner, whose ranks step after every pass of every kind."""
 
     is_v2_runner = True
+
+
+def _have_moved(state: Any) -> bool:
+    """Whether experts of a model are in other slots than at the start."""
+    model = state.model
+    at_start = EplbState.build_initial_global_physical_to_logical_map(
+        model.num_routed_experts, model.num_redundant_experts
+    )
+    return bool((state.physical_to_logical_map.cpu() != torch.tensor(at_start)).any())
 
 
 def _num_nodes() -> int:

@@ -60,15 +60,15 @@ class MoELayer(nn.Module):
 class Model(nn.Module):
     """A model of MoE layers only, as vLLM's ``MixtureOfExperts`` protocol describes it."""
 
-    def __init__(self, seed: int, rank: int, world_size: int) -> None:
+    def __init__(self, seed: int, rank: int, world_size: int, num_redundant: int = NUM_REDUNDANT) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         shapes = ((NUM_LOGICAL, HIDDEN, 2 * HIDDEN), (NUM_LOGICAL, 2 * HIDDEN, HIDDEN))
         self.whole = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(NUM_LAYERS)]
         self.num_moe_layers = NUM_LAYERS
         self.num_logical_experts = self.num_routed_experts = NUM_LOGICAL
-        self.num_redundant_experts = NUM_REDUNDANT
-        self.num_physical_experts = NUM_LOGICAL + NUM_REDUNDANT
+        self.num_redundant_experts = num_redundant
+        self.num_physical_experts = NUM_LOGICAL + num_redundant
         self.num_local_physical_experts = self.num_physical_experts // world_size
         self.num_expert_groups = 1
         held = torch.arange(self.num_physical_experts)[rank * self.num_local_physical_experts :] % NUM_LOGICAL
@@ -94,6 +94,9 @@ def _layer_state(load: torch.Tensor, slots: torch.Tensor, counts: torch.Tensor) 
 class LightEngine(Driven):
     """What vLLM's second model runner does around its EPLB controller; with a draft model if there are two.
 
+    Attributes:
+        is_new: This rank is about to join others that serve.
+
     Args:
         link: The rank.
         sources: vLLM's files.
@@ -102,6 +105,8 @@ class LightEngine(Driven):
         num_models: 2: a target and a draft model.
         **parallel: vLLM's parallel configuration.
     """
+
+    is_new = False
 
     def __init__(
         self,
@@ -116,7 +121,7 @@ class LightEngine(Driven):
         for name, value in {**OPTIONS, **(options or {})}.items():
             os.environ[f"EPLB_FSM_{name}"] = value
         self.link = link
-        self.config = light.install(sources, link.store(), link.rank, link.world_size, **parallel)
+        self.config = self._install(sources, parallel)
         from vllm.v1.worker.gpu import eplb_utils
 
         if not stock:
@@ -126,13 +131,24 @@ class LightEngine(Driven):
         self.draw = torch.Generator().manual_seed(7)
         self.num_routed = 0
         self.num_experts = NUM_LOGICAL
-        self.models = [Model(seed, link.rank, link.world_size) for seed in range(num_models)]
+        self.models = [self._make_model(seed) for seed in range(num_models)]
         self.eplb = eplb_utils.EPLBController(self.config.parallel_config, torch.device("cpu"))
         runner = type("Runner", (), {"eplb": self.eplb, "pass_": lambda _, **kwargs: self._forward(**kwargs)})
         self._runner = runner()
         self._real = eplb_utils.step_eplb_after()(runner.pass_)
         self._dummy = eplb_utils.step_eplb_after(is_dummy=True)(runner.pass_)
         self.stock = stock
+
+    def _install(self, sources: Path, parallel: dict[str, Any]) -> Any:
+        return light.install(sources, self.link.store(), self.link.rank, self.link.world_size, **parallel)
+
+    def _make_model(self, seed: int) -> Model:
+        return Model(seed, self.link.rank, self.link.world_size)
+
+    @property
+    def group(self) -> Any:
+        """Where layers meet."""
+        return dist.group.WORLD
 
     def load(self) -> None:
         """Register the models, the draft first as the V2 runner does, and start what rebalances."""
@@ -143,7 +159,7 @@ class LightEngine(Driven):
             name = f"model {index}"
             model_config = SimpleNamespace(model=name, compute_hash=lambda name=name: name)
             assert self.eplb.maybe_register_model(model, model_config)
-        self.eplb.maybe_start_async_loop(True)
+        self.eplb.maybe_start_async_loop(True, load_dummy_weights=self.is_new)
 
     @property
     def state(self) -> Any:
@@ -177,7 +193,7 @@ class LightEngine(Driven):
         physical = self._route(module.eplb_state, logical)
         self.num_routed += physical.numel()
         output = module.routed_experts.forward_modular(hidden, share, physical)
-        dist.all_reduce(output)
+        dist.all_reduce(output, group=self.group)
         w13, w2 = model.whole[layer]
         wanted = sum(
             torch.stack([expert(hidden[t], w13[e], w2[e]) for t, e in enumerate(logical[:, k])]) * share[:, k, None]

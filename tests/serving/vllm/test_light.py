@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging.handlers
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from tests.dist.harness import RankFailedError, RankLink, run_ranks
 from tests.serving.driving import outcome_names
 from tests.serving.light import sources_of
 from tests.serving.vllm.light import VERSION, eplb_config
-from tests.serving.vllm.light_engine import LightEngine
+from tests.serving.vllm.light_elastic import NUM_LOCAL, ElasticEngine
+from tests.serving.vllm.light_engine import NUM_LOGICAL, LightEngine
 
 
 @pytest.fixture(scope="module")
@@ -168,43 +170,107 @@ def test_layers_count_only_what_a_plan_is_made_from(sources: Path) -> None:
     assert first == [(False, False), (True, True), (True, True), (True, True)]
 
 
-def _scale(link: RankLink, sources: Path) -> dict[str, Any]:
+def _reload(link: RankLink, sources: Path) -> list[Any]:
     engine = LightEngine(link, sources)
     engine.load()
-    engine.hot = 5
+    engine.run_passes(3)
+    with engine.state.reloading():
+        seen: list[Any] = [engine.fsm.health().is_drained]
+    engine.run_until(lambda: "COMMITTED" in outcome_names(engine.fsm.outcomes))
+    try:
+        with engine.state.reloading():
+            seen.append("reloaded")
+    except UsageError as error:
+        seen.append(str(error))
+    engine.run_epochs(1)
+    return [*seen, engine.fsm.health().is_frozen, engine.slots_are_right()]
+
+
+def test_weights_are_reloaded_only_while_experts_are_where_they_were_at_the_start(sources: Path) -> None:
+    """Before the first commit vLLM may load weights by the map of its start, later not; rebalancing goes on."""
+    for could, said, *after in run_ranks(2, _reload, sources):
+        assert could
+        assert "experts have moved" in said
+        assert after == [False, True]
+
+
+_SIZES = (2, 4, 3)
+
+
+def _scale(link: RankLink, sources: Path) -> dict[int, dict[str, Any]]:
+    engine = ElasticEngine(link, sources, _SIZES)
+    engine.load()
+    seen = {}
+    for before, size in zip((0, *_SIZES), _SIZES, strict=False):
+        if before and link.rank < max(before, size):
+            engine.scale()
+        if link.rank < size:
+            seen[size] = _serve_until_amid_an_epoch(engine)
+    return seen
+
+
+def _serve_until_amid_an_epoch(engine: ElasticEngine) -> dict[str, Any]:
+    (state,) = engine.state.model_states.values()
+    placed_by = int(state.last_expert_load.sum(0).argmax())
+    engine.forward()
+    first_map = state.physical_to_logical_map.tolist()
+    engine.run_epochs(2)
+    outcomes = outcome_names(engine.fsm.outcomes)
+    engine.hot = 9
     engine.run_until(lambda: engine.fsm.state is State.TRANSFERRING)
     with pytest.raises(UsageError, match=r"drain_async\(\) first"):
         engine.state.rearrange()
-    drained = engine.fsm
-    engine.state.drain_async()  # as vLLM's elastic executor does it, between two passes
-    health = drained.health()
-    (state,) = engine.state.model_states.values()
-    state.expert_load_window = torch.ones(20, *state.expert_load_pass.shape, dtype=torch.int32)
-    engine.run_passes(3)  # passes go on meanwhile
-    before = state.physical_to_logical_map.tolist()
-    engine.state.rearrange(use_last_expert_load=True)
-    reshuffled = before != state.physical_to_logical_map.tolist(), engine.slots_are_right()
-    engine.state.start_async_loop()
-    engine.run_epochs(2)
     return {
-        "drained": (health.is_frozen, health.is_drained, outcome_names(drained.outcomes)),
-        "reshuffled": reshuffled,
-        "after": (outcome_names(engine.fsm.outcomes), engine.slots_are_right()),
+        "placed by": placed_by,
+        "first map": first_map,
+        "outcomes": outcomes,
+        "redundant": engine.fsm._parts.config.num_redundant_experts,
+        "right": engine.slots_are_right(),
     }
 
 
 @pytest.mark.compatibility(
-    engine="vLLM", version="0.32.0", what="elastic scaling: drain, reshuffle by vLLM, adopt", how="driven"
+    engine="vLLM",
+    version="0.32.0",
+    what="elastic scaling by vLLM's executor, 2 to 4 to 3 ranks: drain, reshuffle by vLLM, connect anew",
+    how="driven",
 )
-def test_elastic_scaling_drains_reshuffles_by_itself_and_is_adopted(sources: Path) -> None:
-    """Drained in the middle of an epoch, vLLM's reshuffle writes the map, and further epochs start from it."""
-    first, second = run_ranks(2, _scale, sources)
-    assert first == second
-    assert first["drained"] == (True, True, ["ABORTED(FROZEN)"])
-    assert first["reshuffled"][1]
-    outcomes, is_right = first["after"]
-    assert "COMMITTED" in outcomes
-    assert is_right
+def test_elastic_scaling_ends_an_epoch_and_rebalancing_goes_on_among_other_ranks(sources: Path) -> None:
+    """Amid an epoch vLLM scales up, then down; each time its reshuffle knows the load, and epochs commit after it."""
+    results = run_ranks(4, _scale, sources, timeout_s=100)
+    for size in _SIZES:
+        first, *others = (result[size] for result in results if size in result)
+        assert len(others) == size - 1
+        assert all({**other, "right": True} == first for other in others)
+        assert all(one["right"] for one in (first, *others))
+        assert first["redundant"] == NUM_LOCAL * size - NUM_LOGICAL == len(first["first map"][0]) - NUM_LOGICAL
+        assert "COMMITTED" in first["outcomes"]
+    assert [results[0][size]["placed by"] in (9, 10) for size in _SIZES] == [False, True, True]
+
+
+def _scale_to_ranks_that_differ(link: RankLink, sources: Path) -> tuple[bool, bool, str]:
+    engine = ElasticEngine(link, sources, (2, 3))
+    engine.load()
+    if not engine.is_new:
+        engine.run_passes(3)
+    engine.scale()
+    (state,) = engine.state.model_states.values()
+    if link.rank == 2:
+        state.physical_to_logical_map[1, :2] = state.physical_to_logical_map[1, :2].flip(0)
+    errors = logging.handlers.BufferingHandler(100)
+    logging.getLogger("eplb_fsm").addHandler(errors)
+    engine.run_passes(5)
+    (line,) = [record.getMessage() for record in errors.buffer if record.levelno >= logging.ERROR]
+    return engine.state.session is None, engine.num_passes >= 5, line
+
+
+def test_where_the_ranks_of_a_scaling_do_not_agree_they_serve_on_without_rebalancing(sources: Path) -> None:
+    """A rank that has come with another map than the others ends rebalancing on all of them, with the reason."""
+    for is_over, has_served, line in run_ranks(3, _scale_to_ranks_that_differ, sources):
+        assert is_over
+        assert has_served
+        assert "EPLB has ended with elastic scaling" in line
+        assert "rank 2" in line
 
 
 def _start_refused(link: RankLink, sources: Path, case: str, arguments: dict[str, Any]) -> str:
@@ -234,7 +300,6 @@ def _start_refused(link: RankLink, sources: Path, case: str, arguments: dict[str
         ("V1", {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2 with the V1 model runner"),
         ("V1", {"runner_type": "pooling"}, "a pooling model with the V1 model runner"),
         ("V2", {"runner_type": "pooling"}, "started"),
-        ("", {"enable_elastic_ep": True}, "--enable-elastic-ep"),
         ("", {"eplb_config": eplb_config(policy="swipe")}, "policy='swipe'"),
         ("", {"options": {"REPLICA_SPLIT": "weighted"}}, "every rank has to pick the same replica"),
         ("unregistered", {}, "every layer must register the same tensors"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from eplb_fsm.errors import ConfigError, UsageError
-from eplb_fsm.placement.placement import Placement
+from eplb_fsm.errors import ConfigError
 from tests.dist.harness import RankLink, run_ranks
 from tests.serving.light import sources_of
 from tests.serving.vllm import light
@@ -50,7 +51,7 @@ def _register(link: RankLink, sources: Path, asked: str, tampered: str, is_impor
         "imported early": imported_early,
         "without EPLB": _start_worker(enable_eplb=False),
         "with EPLB": _start_worker(enable_eplb=True),
-        "reload": [_reload(moved) for moved in (False, True)],
+        "reload": _reload(),
         "finders": len(sys.meta_path) - len(finders),
         "source is found": "class EPLBController" in (runner.__loader__.get_source(RUNNER) or ""),
     }
@@ -65,24 +66,19 @@ def _start_worker(*, enable_eplb: bool) -> str:
     return "started"
 
 
-def _reload(moved: bool) -> str:
-    """Reload weights while a machine is there."""
-    placement = Placement([[1, 0]] if moved else [[0, 1]], 2, 2)
-    frozen: list[str] = []
-    session = SimpleNamespace(
-        is_abandoned=False,
-        fsm=SimpleNamespace(placements=[placement]),
-        freeze_now=frozen.append,
-        unfreeze=frozen.remove,
-    )
+def _reload() -> tuple[str, list[str]]:
+    """Reload weights with a state that wants to know of it."""
+    seen: list[str] = []
+
+    @contextmanager
+    def reloading() -> Iterator[None]:
+        seen.append("before")
+        yield
+        seen.append("after")
+
     runner = sys.modules["vllm.v1.worker.gpu_model_runner"].GPUModelRunner()
-    runner.eplb_state = SimpleNamespace(session=session)
-    try:
-        said = runner.reload_weights()
-    except UsageError as error:
-        said = str(error)
-    assert not frozen
-    return str(said)
+    runner.eplb_state = SimpleNamespace(reloading=reloading)
+    return runner.reload_weights(), seen
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +92,7 @@ def test_the_plugin_is_inert_unless_asked(sources: Path, asked: str) -> None:
     """Without the switch nothing of vLLM is replaced, and no import is watched."""
     (seen,) = run_ranks(1, _register, sources, asked, "", False)
     assert (seen["said"], seen["state"], seen["finders"]) == (None, "EplbState", 0)
-    assert (seen["without EPLB"], seen["reload"]) == ("started", ["reloaded", "reloaded"])
+    assert (seen["without EPLB"], seen["reload"]) == ("started", ("reloaded", []))
 
 
 @pytest.mark.parametrize("is_imported", [False, True])
@@ -109,8 +105,7 @@ def test_the_plugin_replaces_the_state_where_asked(sources: Path, is_imported: b
     assert seen["source is found"]
     assert seen["with EPLB"] == "started"
     assert "start with --enable-eplb" in seen["without EPLB"]
-    assert seen["reload"][0] == "reloaded"
-    assert "experts have moved" in seen["reload"][1]
+    assert seen["reload"] == ("reloaded", ["before", "after"])
 
 
 def test_a_changed_symbol_ends_the_start_with_the_reason(sources: Path) -> None:
