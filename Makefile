@@ -113,10 +113,10 @@ build/engines/.ready: tools/fetch_engine_sources.py | $(BIN)/python
 	$(BIN)/python tools/fetch_engine_sources.py build/engines
 	@touch $@
 
-$(VENV)-%/.ready: tests/serving/%/requirements.txt $(wildcard tests/serving/*/cpu_plugin/*/*.py)
+$(VENV)-%/.ready: tests/serving/%/requirements.txt $(wildcard tests/serving/*/cpu_plugin/*/*.py tests/serving/step_times/*)
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/python tools/install_torch.py
-	$(VENV)-$*/bin/python -m pip install -q --no-deps -r $< tests/serving/$*/cpu_plugin 'transitions>=0.9.2,<0.10' six
+	$(VENV)-$*/bin/python -m pip install -q --no-deps -r $< tests/serving/$*/cpu_plugin tests/serving/step_times 'transitions>=0.9.2,<0.10' six
 	@touch $@
 
 $(VENV)/.ready-mutants: $(VENV)/.ready-dev

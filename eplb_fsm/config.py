@@ -41,7 +41,6 @@ _AT_LEAST: dict[str, float] = {
     "num_groups": 1,
     "cross_node_price": 1,
     "idle_round_interval": 1,
-    "commit_bytes": 1,
     "staging_buffers": 1,
     "max_transfer_mb_s": 0,
     "max_epoch_bytes": 0,
@@ -70,7 +69,7 @@ _AT_MOST: dict[str, float] = {
     "moe_time_share": 1,
     "target_balancedness": 1,
 }
-_OR_AUTO: dict[str, type] = {"lag": int, "load_decay": float}
+_OR_AUTO: dict[str, type] = {"lag": int, "load_decay": float, "commit_bytes": int}
 """Numbers in whose place "auto" may stand."""
 _MAX_SECONDS = 1_000_000
 _POSITIVE_SECONDS = (
@@ -139,8 +138,9 @@ class RebalanceConfig:
     raised while idle when more than 1 % of rounds are late."""
     idle_round_interval: int = 128
     """Most steps between rounds while idle; with a smaller ``step_interval`` that many."""
-    commit_bytes: int = 8 * MIB
-    """Most bytes of weights that one rank writes in one commit: it bounds the pause of that step."""
+    commit_bytes: int | Literal["auto"] = "auto"
+    """Most bytes of weights that one rank writes in one commit: it bounds the pause of that step. ``auto``: one expert,
+    or as many as fit 8 MiB."""
     staging_buffers: int = 2
     """Chunks that may be staged at a time; each costs ``commit_bytes`` to receive and as much to send."""
     max_transfer_mb_s: float = 0.0
@@ -209,6 +209,8 @@ class RebalanceConfig:
     def _check_relations(self) -> None:
         if self.lag != "auto" and not 1 <= self.lag <= 1000:
             raise _error("lag", self.lag, 'must be "auto" or between 1 and 1000')
+        if self.commit_bytes != "auto" and not 1 <= self.commit_bytes <= _LARGEST:
+            raise _error("commit_bytes", self.commit_bytes, f'must be "auto" or between 1 and {_LARGEST}')
         if self.load_decay != "auto" and not 0 <= self.load_decay < 1:
             raise _error("load_decay", self.load_decay, 'must be "auto", or from 0 to below 1')
         if self.max_backoff_steps < self.backoff_steps:

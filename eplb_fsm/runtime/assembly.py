@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eplb_fsm.config import RebalanceConfig
+from eplb_fsm.config import MIB, RebalanceConfig
 from eplb_fsm.errors import BankError, ConfigError, PlacementError
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import BankShape, Budget
@@ -17,6 +17,11 @@ from eplb_fsm.runtime.channel import PiggybackVoteChannel, VoteChannel
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.planner import InlinePlanner, Planner, ProcessPlanner
 from eplb_fsm.runtime.transport import GlooTransport, Transport
+
+_AUTO_COMMIT_BYTES = 8 * MIB
+"""A millisecond of a processor's time to copy, a few microseconds of a device's. With half of it the steps of an epoch
+take a half more time together, and the longest of them is no shorter by the clock:
+``python -m tests.benchmarks.serving``."""
 
 
 def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) -> PlanTask:
@@ -36,13 +41,19 @@ def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) ->
         policy=config.policy,
         topology=Topology(domain.world_size, config.num_nodes, config.num_groups, config.cross_node_price),
         shapes=shapes,
-        budget=Budget(config.commit_bytes, config.staging_buffers, config.max_epoch_bytes),
+        budget=Budget(_commit_bytes(config, banks), config.staging_buffers, config.max_epoch_bytes),
         thresholds=Thresholds(
             config.min_gain, config.trigger_balancedness, config.horizon_steps, config.moe_time_share
         ),
         target_balancedness=config.target_balancedness,
         replica_split=config.replica_split,
     )
+
+
+def _commit_bytes(config: RebalanceConfig, banks: Sequence[Bank]) -> int:
+    if config.commit_bytes == "auto":
+        return max(_AUTO_COMMIT_BYTES, *(bank.layout.stride for bank in banks))
+    return config.commit_bytes
 
 
 def make_planner(config: RebalanceConfig, domain: Domain, task: PlanTask) -> Planner | None:

@@ -86,7 +86,7 @@ def _connect(
     check_banks(config, domain, engine.banks, engine.placements)
     check_links(config, engine.banks, transport, channel)
     task = plan_task(config, domain, engine.banks)
-    staging = make_staging(config, domain.rank, engine.banks)
+    staging = make_staging(config, task.budget, domain.rank, engine.banks)
     planner = make_planner(config, domain, task)
     if planner is not None:
         opened.callback(planner.close)

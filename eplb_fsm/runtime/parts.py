@@ -15,6 +15,7 @@ from eplb_fsm.observe.events import Observer
 from eplb_fsm.observe.health import Peer
 from eplb_fsm.placement.estimate import LoadEstimator
 from eplb_fsm.placement.placement import Placement
+from eplb_fsm.placement.shapes import Budget
 from eplb_fsm.placement.task import PlanTask
 from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.channel import VoteChannel
@@ -246,7 +247,7 @@ def _fill_engine_side(engine: EngineSide, *, is_weighted: bool) -> tuple[LoadSou
     return load_source, TensorMapWriter(engine.placements, device, is_weighted=is_weighted)
 
 
-def make_staging(config: RebalanceConfig, rank: int, banks: Sequence[Bank]) -> StagingArea:
+def make_staging(config: RebalanceConfig, budget: Budget, rank: int, banks: Sequence[Bank]) -> StagingArea:
     """Allocate the staging buffers of one rank.
 
     Raises:
@@ -256,6 +257,6 @@ def make_staging(config: RebalanceConfig, rank: int, banks: Sequence[Bank]) -> S
         banks,
         rank,
         num_buffers=config.staging_buffers,
-        commit_bytes=config.commit_bytes,
+        commit_bytes=budget.commit_bytes,
         integrity=config.integrity,
     )

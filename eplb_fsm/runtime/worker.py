@@ -18,6 +18,7 @@ from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.errors import PlanError, TransportLost
 from eplb_fsm.observe.gains import Seen
 from eplb_fsm.placement.plan import Plan
+from eplb_fsm.runtime.background import unobtrusive_threads
 from eplb_fsm.runtime.clock import Clock, monotonic
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.staging import CommitProgram, IntegrityError
@@ -193,7 +194,8 @@ class ThreadWorker:
         self.is_alive = True
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        with unobtrusive_threads():
+            self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Queue the job for the thread."""

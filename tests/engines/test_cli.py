@@ -107,7 +107,7 @@ REFUSED = [
     (("demo", "--eplb-config", '{"step_intervall": 3}'), "unknown option 'step_intervall'"),
     (("demo", "--eplb-config", '{"use_async": 1}'), "give true or false"),
     (("demo", "--eplb-config", '{"mode": "sync"}'), "the demo runs both"),
-    (("demo", "--eplb-config", '{"commit_bytes": 0}'), "commit_bytes = 0: must be at least 1"),
+    (("demo", "--eplb-config", '{"commit_bytes": 0}'), 'commit_bytes = 0: must be "auto" or between 1 and'),
     (("demo", "--eplb-rebalance-num-iterations", "-1"), "step_interval = -1"),
     (("demo", "--ranks", "33"), "run 1 to 32 ranks"),
     (("demo", "--ranks", "1"), "ranks is 1: set it to 2 or more"),

@@ -35,7 +35,7 @@ def test_an_option_is_taken_or_refused_by_name(name: str, value: Any) -> None:
     said = ""
     try:
         made = RebalanceConfig(**{name: value})
-        assert type(getattr(made, name)) is type(DEFAULTS[name]) or name == "lag"
+        assert type(getattr(made, name)) is type(DEFAULTS[name]) or DEFAULTS[name] == "auto"
         assert isinstance(made.fingerprint, int)
     except ConfigError as error:
         said = str(error)
@@ -69,6 +69,9 @@ def test_every_number_refuses_what_is_no_usable_number(name: str, value: Any) ->
         ({"planner": "fork"}, "must be one of process, thread"),
         ({"lag": 0}, 'must be "auto" or between 1 and 1000'),
         ({"lag": "soon"}, 'must be "auto" or a number'),
+        ({"commit_bytes": 0}, 'must be "auto" or between 1 and'),
+        ({"commit_bytes": 2**63}, 'must be "auto" or between 1 and'),
+        ({"commit_bytes": 1.5}, "must be of type"),
         ({"load_decay": 1}, 'load_decay = 1.0: must be "auto", or from 0 to below 1'),
         ({"load_decay": float("nan")}, 'must be "auto", or from 0 to below 1'),
         ({"policy": ""}, "must name a policy"),

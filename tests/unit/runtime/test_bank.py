@@ -9,7 +9,7 @@ import torch
 
 from eplb_fsm import Bank, Placement, RebalanceConfig, find_unregistered_tensors
 from eplb_fsm.errors import BankError, ConfigError, PlacementError
-from eplb_fsm.runtime.assembly import check_banks, check_links
+from eplb_fsm.runtime.assembly import check_banks, check_links, plan_task
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.rowlayout import RowLayout
 from eplb_fsm.runtime.staging import StagingArea
@@ -119,6 +119,14 @@ def test_no_bank_is_refused() -> None:
     """A domain without any bank has nothing to move."""
     with pytest.raises(BankError, match="no bank was registered"):
         check_banks(RebalanceConfig(), Domain(0, 2), [], [])
+
+
+@pytest.mark.parametrize(("width", "commit_bytes"), [(10, 8 << 20), (3 << 20, 3 << 22)])
+def test_a_commit_writes_at_least_one_expert_by_default(width: int, commit_bytes: int) -> None:
+    """However large an expert is, serving starts without an option for it; small ones are several to a commit."""
+    experts = torch.empty(_LOCAL, width)  # of which nothing is touched
+    task = plan_task(RebalanceConfig(integrity="off"), Domain(0, 2), [_bank([{"w": experts}])])
+    assert task.budget.commit_bytes - commit_bytes in range(64)  # a row carries a word or two beside its expert
 
 
 def test_commit_bytes_must_hold_one_expert_and_fit_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -48,6 +49,25 @@ def test_whatever_a_job_raises_becomes_one_message_and_its_end_another(error: Ex
     assert isinstance(failed, WorkFailed)
     assert (failed.epoch, failed.reason) == (3, reason)
     assert (done, next_done) == (JobDone(3), JobDone(4))
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
+def test_the_worker_interrupts_no_step_when_it_wakes() -> None:
+    """Its thread has the scheduler's policy for work that can wait, and so has a thread that it starts."""
+    policies: list[int] = []
+
+    def look() -> Iterator[Pending]:
+        policies.append(os.sched_getscheduler(0))
+        other = threading.Thread(target=lambda: policies.append(os.sched_getscheduler(0)))
+        other.start()
+        other.join()
+        yield Done()
+
+    worker = ThreadWorker(Mailbox(), "eplb-fsm-worker-test")
+    worker.submit(Job(1, AbortReason.TRANSFER_ERROR, look(), 1.0))
+    worker.close()
+    assert policies == [os.SCHED_BATCH] * 2
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_close_ends_after_the_jobs_that_were_submitted() -> None:
