@@ -1,8 +1,9 @@
-"""DeepSeek's method, one layer after the other, as a kernel: the same placements as the numpy path, sooner.
+"""DeepSeek's method as a kernel: the same placements as the numpy path, sooner.
 
-Equal loads keep the order of the numpy path. What makes it fast: items are sorted by the leading bits of their
-weight, in one pass; experts with replicas are a prefix of that order, so the next redundant slot is found without
-looking at the rest; and the lightest rank is the root of a tournament, of which one item changes one path.
+Equal loads keep the order of the numpy path. What makes it fast: the two searches, for the next expert to replicate and
+for the lightest rank, run over many layers at a time, item by item, in loops that the compiler turns into vector
+instructions; experts with replicas are the heaviest ones, so that only as many as there are redundant slots are
+searched; and the replicas of the others are in order already, so that only theirs are sorted, by leading bits.
 """
 
 from __future__ import annotations
@@ -15,37 +16,35 @@ from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.kernels.compiled import compiled
 from eplb_fsm.placement.validate import Float64Array
 
-_NUM_BUCKETS = 1024
+_LANES = 64
+"""Layers, or nodes of layers, that are placed at a time: what belongs to them stays in the first cache."""
+_BUCKETS = 1024
+_FEW_BUCKETS = 256
+"""For replicas, whose weights are close to each other."""
 _KEY_SHIFT = 46
 """Bits of a float64 that the key leaves out: 64 buckets for each factor of two, 16 of those below the largest one."""
+_PACKS_AT_A_TIME = 4
 
 
 class _Scratch(NamedTuple):
-    """Arrays of one node that every layer uses again.
+    """Arrays that every layer uses again.
 
     Attributes:
-        order: (slots) int64 items in descending order.
-        starts: (buckets + 1) int64 of the sort.
-        replicas: (experts) int64.
-        expert_of: (slots) int64 expert of each item: first one of each, then the redundant ones.
-        each: (slots) float64 load of each item.
-        pack_of: (slots) int64.
-        position: (slots) int64 place in the pack.
+        order: (experts) int64, heaviest first.
+        starts: (buckets + 1) int64 of a sort; ``few_starts`` with fewer buckets.
+        replicas: (experts) int64 of each expert.
+        item: int64 replicas of experts that have several: a first copy is its expert, then come the redundant slots.
+        each: float64 their load.
+        item_order: int64 their order, heaviest first.
     """
 
     order: Int64Array
     starts: Int64Array
+    few_starts: Int64Array
     replicas: Int64Array
-    expert_of: Int64Array
+    item: Int64Array
     each: Float64Array
-    pack_of: Int64Array
-    position: Int64Array
-
-
-@compiled
-def _bucket(distance: int) -> int:
-    """Return the bucket of a weight from how far its bits are below the largest; no weight is outside of all."""
-    return max(min(distance >> _KEY_SHIFT, _NUM_BUCKETS - 1), 0)
+    item_order: Int64Array
 
 
 @compiled
@@ -53,18 +52,18 @@ def _sort_descending(weight: Float64Array, order: Int64Array, starts: Int64Array
     """Fill `order` with the indices of `weight`, heaviest first, equal ones ascending.
 
     A bucket sort by the leading bits, which for floats of 0 or more are in the order of the floats, and an insertion
-    sort of what it leaves.
+    sort of what it leaves. No weight is outside of all buckets: the last one takes what is far below the largest.
     """
-    num_items = len(weight)
+    num_items, last = len(weight), len(starts) - 2
     bits = weight.view(np.int64)
     top = bits.max()
     starts[:] = 0
     for item in range(num_items):
-        starts[_bucket(top - bits[item]) + 1] += 1
-    for bucket in range(1, _NUM_BUCKETS):
+        starts[min((top - bits[item]) >> _KEY_SHIFT, last) + 1] += 1
+    for bucket in range(1, last + 1):
         starts[bucket] += starts[bucket - 1]
     for item in range(num_items):
-        bucket = _bucket(top - bits[item])
+        bucket = min((top - bits[item]) >> _KEY_SHIFT, last)
         order[starts[bucket]] = item
         starts[bucket] += 1
     for position in range(1, num_items):
@@ -77,118 +76,208 @@ def _sort_descending(weight: Float64Array, order: Int64Array, starts: Int64Array
 
 
 @compiled
-def _replicate(
-    weight: Float64Array, order: Int64Array, num_redundant: int, replicas: Int64Array, extra: Int64Array
-) -> None:
-    """Give redundant slots away, one by one, to the expert with most load per replica.
-
-    Experts that have replicas are the first ones of `order`, so only those and the next one have to be looked at.
+def _replicate(weight: Float64Array, expert: Float64Array, num_redundant: int, extra: Int64Array) -> None:
+    """Give redundant slots away, one by one, to the expert with most load per replica; of equals to the first one.
 
     Args:
-        weight: Load of each expert.
-        order: The experts, heaviest first.
+        weight: (experts, lanes) their loads, heaviest first; at least one more of them than slots, or all.
+        expert: (experts, lanes) their numbers.
         num_redundant: Slots to give away.
-        replicas: Set to the replicas of each expert.
-        extra: Set to the expert of each redundant slot.
+        extra: (num_redundant, lanes); set to the expert of each redundant slot.
     """
-    replicas[:] = 1
-    num_replicated = 0
+    num_experts, lanes = weight.shape
+    each = weight.copy()
+    replicas = np.ones((num_experts, lanes))
+    most, chosen, row = np.empty(lanes), np.empty(lanes), np.empty(lanes)
     for slot in range(num_redundant):
-        chosen, most = -1, -1.0
-        for position in range(min(num_replicated + 1, len(weight))):
-            expert = order[position]
-            each = weight[expert] / replicas[expert]
-            if each > most or (each == most and expert < chosen):
-                chosen, most = expert, each
-        num_replicated += replicas[chosen] == 1
-        replicas[chosen] += 1
-        extra[slot] = chosen
+        for lane in range(lanes):
+            most[lane], chosen[lane], row[lane] = each[0, lane], expert[0, lane], 0.0
+        for candidate in range(1, min(slot + 1, num_experts)):
+            load, number, place = each[candidate], expert[candidate], float(candidate)
+            for lane in range(lanes):
+                is_it = (load[lane] > most[lane]) | ((load[lane] == most[lane]) & (number[lane] < chosen[lane]))
+                most[lane] = load[lane] if is_it else most[lane]
+                chosen[lane] = number[lane] if is_it else chosen[lane]
+                row[lane] = place if is_it else row[lane]
+        for lane in range(lanes):
+            place = int(row[lane])
+            replicas[place, lane] += 1.0
+            each[place, lane] = weight[place, lane] / replicas[place, lane]
+            extra[slot, lane] = int(chosen[lane])
 
 
 @compiled
-def _pack(weight: Float64Array, order: Int64Array, num_packs: int, pack_of: Int64Array, position: Int64Array) -> None:
+def _pack(weight: Float64Array, num_packs: int, slot_of: Int64Array) -> None:
     """Put each item into the lightest pack with room, in this order; of equally light packs into the first.
 
     Args:
-        weight: Load of each item.
-        order: The items, heaviest first.
+        weight: (items, lanes) their loads, heaviest first.
         num_packs: Packs, with equal room.
-        pack_of: Set to the pack of each item.
-        position: Set to the place of each item in its pack.
+        slot_of: (items, lanes); set to the slot of each item, pack by pack, each filled from its first one.
     """
-    capacity = len(weight) // num_packs
-    size = 1
-    while size < num_packs:
-        size *= 2
-    # Node n has the lighter one of nodes 2n and 2n + 1, the left one where they are equal; leaves are the packs.
-    lightest = np.full(2 * size, np.inf)
-    lightest[size : size + num_packs] = 0.0
-    bits = lightest.view(np.int64)  # of floats of 0 or more: in the order of the floats
-    winner = np.arange(-size, size)
-    for node in range(size - 1, 0, -1):
-        left = lightest[2 * node] <= lightest[2 * node + 1]
-        lightest[node] = lightest[2 * node] if left else lightest[2 * node + 1]
-        winner[node] = winner[2 * node] if left else winner[2 * node + 1]
-    counts = np.zeros(num_packs, dtype=np.int64)
-    for index in range(len(order)):
-        item, pack = order[index], winner[1]
-        pack_of[item], position[item] = pack, counts[pack]
-        counts[pack] += 1
-        node = size + pack
-        # A full pack is never the lightest again.
-        lightest[node] = lightest[node] + weight[item] if counts[pack] < capacity else np.inf
-        load = bits[node]
-        while node > 1:
-            other, other_pack = bits[node ^ 1], winner[node ^ 1]
-            # All ones where it stays the lighter one: that cannot be predicted, and a wrong guess costs most.
-            mask = -np.int64(load < other + 1 - (node & 1))
-            load = other ^ ((load ^ other) & mask)
-            pack = other_pack ^ ((pack ^ other_pack) & mask)
-            node >>= 1
-            bits[node], winner[node] = load, pack
+    num_items, lanes = weight.shape
+    capacity = num_items // num_packs
+    num_rows = -(-num_packs // _PACKS_AT_A_TIME) * _PACKS_AT_A_TIME
+    loads = np.zeros((num_rows, lanes))
+    loads[num_packs:] = np.inf  # of packs that are not there; a full one, too, is never the lightest again
+    counts = np.zeros((num_packs, lanes), dtype=np.int64)
+    least, lightest = np.empty(lanes), np.empty(lanes)
+    for item in range(num_items):
+        least[:] = np.inf
+        lightest[:] = 0.0
+        for pack in range(0, num_rows, _PACKS_AT_A_TIME):
+            first, second, third, fourth = loads[pack], loads[pack + 1], loads[pack + 2], loads[pack + 3]
+            number = float(pack)
+            for lane in range(lanes):  # a tournament, whose winners stay in registers
+                is_second = second[lane] < first[lane]
+                load = second[lane] if is_second else first[lane]
+                winner = number + 1.0 if is_second else number
+                is_fourth = fourth[lane] < third[lane]
+                other_load = fourth[lane] if is_fourth else third[lane]
+                other = number + 3.0 if is_fourth else number + 2.0
+                is_other = other_load < load
+                load = other_load if is_other else load
+                winner = other if is_other else winner
+                is_least = load < least[lane]
+                least[lane] = load if is_least else least[lane]
+                lightest[lane] = winner if is_least else lightest[lane]
+        for lane in range(lanes):
+            pack = int(lightest[lane])
+            count = counts[pack, lane]
+            slot_of[item, lane] = pack * capacity + count
+            counts[pack, lane] = count + 1
+            loads[pack, lane] = least[lane] + weight[item, lane] if count + 1 < capacity else np.inf
 
 
 @compiled
-def _place_on_node(weight: Float64Array, num_ranks: int, scratch: _Scratch, expert_at: Int64Array) -> None:
-    """Fill the slots of one node, rank by rank, with positions in `weight`: replicate, then pack."""
-    num_experts, num_slots = len(weight), len(expert_at)
-    expert_of, each, order = scratch.expert_of, scratch.each, scratch.order
-    pack_of, position = scratch.pack_of, scratch.position
-    _sort_descending(weight, order, scratch.starts)
-    _replicate(weight, order, num_slots - num_experts, scratch.replicas, expert_of[num_experts:])
-    for item in range(num_slots):
-        each[item] = weight[expert_of[item]] / scratch.replicas[expert_of[item]]
-    slots_per_rank = num_slots // num_ranks
-    if slots_per_rank == 1:  # as published: the items stay in order
-        expert_at[:] = expert_of
+def _order_items(
+    weight: Float64Array, extra: Int64Array, scratch: _Scratch, expert_of: Int64Array, load_of: Float64Array
+) -> None:
+    """List the replicas of all experts, heaviest first; equal ones by the number of the item.
+
+    Args:
+        weight: Load of each expert, whose order is in the scratch.
+        extra: Expert of each redundant slot.
+        scratch: Arrays to use.
+        expert_of: Set to the expert of each replica.
+        load_of: Set to its load.
+    """
+    num_experts, order, replicas = len(weight), scratch.order, scratch.replicas
+    replicas[:] = 1
+    for slot in range(len(extra)):
+        replicas[extra[slot]] += 1
+    num_items = num_replicated = 0
+    for expert in range(num_experts):
+        if replicas[expert] > 1:
+            scratch.item[num_items] = expert
+            scratch.each[num_items] = weight[expert] / replicas[expert]
+            num_items += 1
+    num_replicated = num_items
+    for slot in range(len(extra)):
+        scratch.item[num_items] = num_experts + slot
+        scratch.each[num_items] = weight[extra[slot]] / replicas[extra[slot]]
+        num_items += 1
+    if num_items:
+        _sort_descending(scratch.each[:num_items], scratch.item_order, scratch.few_starts)
+    taken, single = 0, num_replicated  # experts with replicas are the first ones of the order
+    for position in range(num_items + num_experts - num_replicated):
+        if taken < num_items:
+            item, load = scratch.item[scratch.item_order[taken]], scratch.each[scratch.item_order[taken]]
+            if (
+                single == num_experts
+                or load > weight[order[single]]
+                or (load == weight[order[single]] and item < order[single])
+            ):
+                expert_of[position] = item if item < num_experts else extra[item - num_experts]
+                load_of[position] = load
+                taken += 1
+                continue
+        expert_of[position] = order[single]
+        load_of[position] = weight[order[single]]
+        single += 1
+
+
+@compiled
+def _place_lanes(weight: Float64Array, num_packs: int, placed: Int64Array) -> None:
+    """Fill the slots of some layers, or of nodes of layers, pack by pack: replicate, then pack.
+
+    Args:
+        weight: (lanes, experts) loads.
+        num_packs: Ranks.
+        placed: (lanes, slots); set to the expert of each slot.
+    """
+    lanes, num_experts = weight.shape
+    num_slots = placed.shape[1]
+    num_redundant = num_slots - num_experts
+    scratch = _Scratch(
+        np.empty(num_experts, dtype=np.int64),
+        np.empty(_BUCKETS + 1, dtype=np.int64),
+        np.empty(_FEW_BUCKETS + 1, dtype=np.int64),
+        np.empty(num_experts, dtype=np.int64),
+        np.empty(2 * num_redundant, dtype=np.int64),
+        np.empty(2 * num_redundant),
+        np.empty(2 * num_redundant, dtype=np.int64),
+    )
+    num_heavy = min(num_redundant + 1, num_experts)
+    orders = np.empty((lanes, num_experts), dtype=np.int64)
+    heavy, heavy_experts = np.empty((num_heavy, lanes)), np.empty((num_heavy, lanes))
+    for lane in range(lanes):
+        _sort_descending(weight[lane], orders[lane], scratch.starts)
+        for row in range(num_heavy):
+            heavy[row, lane], heavy_experts[row, lane] = weight[lane, orders[lane, row]], orders[lane, row]
+    extra = np.empty((num_redundant, lanes), dtype=np.int64)
+    _replicate(heavy, heavy_experts, num_redundant, extra)
+    if num_packs == num_slots:  # as published: the items stay in order
+        for lane in range(lanes):
+            placed[lane, :num_experts] = np.arange(num_experts)
+            placed[lane, num_experts:] = extra[:, lane]
         return
-    _sort_descending(each, order, scratch.starts)
-    _pack(each, order, num_ranks, pack_of, position)
-    for item in range(num_slots):
-        expert_at[pack_of[item] * slots_per_rank + position[item]] = expert_of[item]
+    expert_of, loads = np.empty((lanes, num_slots), dtype=np.int64), np.empty((num_slots, lanes))
+    load_of = np.empty(num_slots)
+    for lane in range(lanes):
+        scratch.order[:] = orders[lane]
+        _order_items(weight[lane], extra[:, lane].copy(), scratch, expert_of[lane], load_of)
+        loads[:, lane] = load_of
+    slot_of = np.empty((num_slots, lanes), dtype=np.int64)
+    _pack(loads, num_packs, slot_of)
+    for lane in range(lanes):
+        for item in range(num_slots):
+            placed[lane, slot_of[item, lane]] = expert_of[lane, item]
 
 
 @compiled
-def _experts_of_nodes(weight: Float64Array, num_groups: int, num_nodes: int) -> Int64Array:
-    """List the experts of each node, one node after the other: its groups in the order in which they were packed."""
-    if num_groups == num_nodes == 1:
-        return np.arange(len(weight))
-    size = len(weight) // num_groups
-    total = np.zeros(num_groups)
-    for group in range(num_groups):
-        for expert in range(group * size, (group + 1) * size):
-            total[group] += weight[expert]
-    node_of, position = np.arange(num_groups), np.zeros(num_groups, dtype=np.int64)
+def _experts_of_nodes(load: Float64Array, num_groups: int, num_nodes: int) -> Int64Array:
+    """List the experts of each node of each layer: its groups in the order in which they were packed."""
+    layers, num_experts = load.shape
+    size = num_experts // num_groups
+    logical = np.empty(load.shape, dtype=np.int64)
+    totals, order = np.zeros(num_groups), np.arange(num_groups)
+    orders, descending = np.empty((layers, num_groups), dtype=np.int64), np.empty((num_groups, layers))
+    starts = np.empty(_FEW_BUCKETS + 1, dtype=np.int64)
+    for layer in range(layers):
+        totals[:] = 0.0
+        for expert in range(num_experts):
+            totals[expert // size] += load[layer, expert]
+        if num_nodes < num_groups:  # else, as published, the groups stay in order
+            _sort_descending(totals, order, starts)
+        orders[layer], descending[:, layer] = order, totals[order]
+    slot_of = np.empty((num_groups, layers), dtype=np.int64)
     if num_nodes < num_groups:
-        order = np.empty(num_groups, dtype=np.int64)
-        _sort_descending(total, order, np.empty(_NUM_BUCKETS + 1, dtype=np.int64))
-        _pack(total, order, num_nodes, node_of, position)
-    logical = np.empty(len(weight), dtype=np.int64)
-    for group in range(num_groups):
-        start = (node_of[group] * (num_groups // num_nodes) + position[group]) * size
-        for offset in range(size):
-            logical[start + offset] = group * size + offset
+        _pack(descending, num_nodes, slot_of)
+    for layer in range(layers):
+        for item in range(num_groups):
+            start = slot_of[item, layer] if num_nodes < num_groups else item
+            for offset in range(size):
+                logical[layer, start * size + offset] = orders[layer, item] * size + offset
     return logical
+
+
+@compiled
+def _place_problems(weight: Float64Array, num_packs: int, placed: Int64Array) -> None:
+    """As :func:`_place_lanes`, of any number of lanes."""
+    for first in range(0, len(weight), _LANES):
+        some = slice(first, min(first + _LANES, len(weight)))
+        _place_lanes(weight[some], num_packs, placed[some])
 
 
 @compiled
@@ -205,23 +294,20 @@ def place_layers(load: Float64Array, num_physical: int, num_ranks: int, num_node
     Returns:
         (layers, num_physical) int64 physical-to-logical map.
     """
-    placed = np.empty((len(load), num_physical), dtype=np.int64)
-    experts, slots = load.shape[1] // num_nodes, num_physical // num_nodes
-    expert_at = np.empty(slots, dtype=np.int64)
-    scratch = _Scratch(
-        np.empty(slots, dtype=np.int64),
-        np.empty(_NUM_BUCKETS + 1, dtype=np.int64),
-        np.empty(experts, dtype=np.int64),
-        np.arange(slots),
-        np.empty(slots),
-        np.empty(slots, dtype=np.int64),
-        np.empty(slots, dtype=np.int64),
-    )
-    for layer in range(len(load)):
-        logical = _experts_of_nodes(load[layer], num_groups, num_nodes)
-        for node in range(num_nodes):
-            own = logical[node * experts : (node + 1) * experts]
-            _place_on_node(load[layer][own], num_ranks // num_nodes, scratch, expert_at)
-            for slot in range(slots):
-                placed[layer, node * slots + slot] = own[expert_at[slot]]
+    layers, num_logical = load.shape
+    placed = np.empty((layers, num_physical), dtype=np.int64)
+    if num_groups == num_nodes == 1:
+        _place_problems(load, num_ranks, placed)
+        return placed
+    logical = _experts_of_nodes(load, num_groups, num_nodes)
+    weight = np.empty((layers, num_logical))
+    for layer in range(layers):
+        for index in range(num_logical):
+            weight[layer, index] = load[layer, logical[layer, index]]
+    problems = layers * num_nodes
+    of_nodes, experts = placed.reshape(problems, -1), logical.reshape(problems, -1)
+    _place_problems(weight.reshape(problems, -1), num_ranks // num_nodes, of_nodes)
+    for problem in range(problems):
+        for slot in range(of_nodes.shape[1]):
+            of_nodes[problem, slot] = experts[problem, of_nodes[problem, slot]]
     return placed
