@@ -16,14 +16,25 @@ def unobtrusive_threads() -> Iterator[None]:
     A thread of a transfer sleeps and wakes for every message, and where cores are few it wakes in the middle of a
     step, which then stands until the scheduler comes back to it, for milliseconds. Linux has a policy for work that
     can wait so long, ``SCHED_BATCH``, with the same share of a core; threads inherit it from the one that starts them,
-    so that it reaches those of a library too. Elsewhere, and in a thread of another policy, this changes nothing.
+    so that it reaches those of a library too. Elsewhere, in a thread of another policy, and where a sandbox forbids it,
+    this changes nothing.
     """
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(_THIS_THREAD) != os.SCHED_OTHER:
-        yield
-        return
-    usual = os.sched_param(0)
-    os.sched_setscheduler(_THIS_THREAD, os.SCHED_BATCH, usual)
+    is_changed = _set_policy("SCHED_OTHER", "SCHED_BATCH")
     try:
         yield
     finally:
-        os.sched_setscheduler(_THIS_THREAD, os.SCHED_OTHER, usual)
+        if is_changed:
+            _set_policy("SCHED_BATCH", "SCHED_OTHER")
+
+
+def _set_policy(before: str, after: str) -> bool:
+    """Change the policy of this thread, if it is the one before and the system can; return whether it did."""
+    if not hasattr(os, after):
+        return False
+    try:
+        if os.sched_getscheduler(_THIS_THREAD) != getattr(os, before):
+            return False
+        os.sched_setscheduler(_THIS_THREAD, getattr(os, after), os.sched_param(0))
+    except OSError:
+        return False
+    return True

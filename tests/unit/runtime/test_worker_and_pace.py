@@ -70,6 +70,17 @@ def test_the_worker_interrupts_no_step_when_it_wakes() -> None:
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
+def test_a_sandbox_that_forbids_the_policy_prevents_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system call is refused, threads start all the same."""
+
+    def refuse(*args: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    ThreadWorker(Mailbox(), "eplb-fsm-worker-test").close()
+
+
 def test_close_ends_after_the_jobs_that_were_submitted() -> None:
     """Peers may be in them already: a rank that closes between two jobs must not leave them waiting for the second."""
     mailbox = Mailbox()
