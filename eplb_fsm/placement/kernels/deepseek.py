@@ -16,8 +16,9 @@ from eplb_fsm.placement.digest import Int64Array
 from eplb_fsm.placement.kernels.compiled import compiled
 from eplb_fsm.placement.validate import Float64Array
 
-_LANES = 64
-"""Layers, or nodes of layers, that are placed at a time: what belongs to them stays in the first cache."""
+_LANES = 32
+"""Layers, or nodes of layers, that are placed at a time: what belongs to them stays in the first cache, and is small
+enough for the allocator to keep between two plans; mapped anew, its pages would take half as long again."""
 _BUCKETS = 1024
 _FEW_BUCKETS = 256
 """For replicas, whose weights are close to each other."""
