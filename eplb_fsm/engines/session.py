@@ -22,6 +22,18 @@ def _no_step() -> None:
     """There is nothing to step."""
 
 
+def refuse_to_meet(meeting: Meeting, error: EplbError, generation: int = 0) -> None:
+    """Tell the others why this rank will not connect, so that they do not wait for it.
+
+    Args:
+        meeting: Where they wait.
+        error: What they are told.
+        generation: Which of the machines that meet there it would have been.
+    """
+    domain = Domain(meeting.rank, meeting.world_size, generation, meeting.name)
+    Handshake(meeting.store, domain, timeout_s=0.0).fail(error)
+
+
 class Session:
     """The machines of one rank, one after the other: a new one each time that the engine itself has written a map.
 
@@ -32,6 +44,7 @@ class Session:
         config: Equal on all ranks.
 
     Attributes:
+        config: As given.
         step: Call it after every forward pass; blocks as :meth:`.RebalanceFSM.step`, at its first call until all ranks
             have made that pass. It is the machine's own method where there is a machine, so that nothing is added to
             an idle step.
@@ -39,7 +52,7 @@ class Session:
 
     def __init__(self, engine: EngineContract, config: RebalanceConfig) -> None:
         self._engine = engine
-        self._config = config
+        self.config = config
         self._fsm: RebalanceFSM | None = None
         self._store: dist.Store | None = None
         self._generation = 0
@@ -54,11 +67,13 @@ class Session:
         Raises:
             EplbError: As :meth:`.RebalanceFSM.connect` and :meth:`.RebalanceFSM.verify_bank`.
         """
-        side = self._connect()
-        for bank in range(len(side.banks)):
-            probe = self._engine.probe(bank)
-            if probe is not None:
-                self.fsm.verify_bank(probe, bank)
+        # An engine may start inside a forward pass, and the worker cannot write tensors of inference mode.
+        with torch.inference_mode(False):
+            side = self._connect()
+            for bank in range(len(side.banks)):
+                probe = self._engine.probe(bank)
+                if probe is not None:
+                    self.fsm.verify_bank(probe, bank)
 
     @property
     def fsm(self) -> RebalanceFSM:
@@ -136,7 +151,8 @@ class Session:
         """
         if self._fsm is not None:
             raise UsageError("adopt() reads a map that the engine wrote: abandon() the machine before it writes one")
-        self._connect()
+        with torch.inference_mode(False):  # as in start()
+            self._connect()
         if self._freezes:
             self.fsm.request_freeze()
 
@@ -152,23 +168,20 @@ class Session:
         # A store that was made for a new membership is as new to ranks that have just come.
         self._generation = self._generation + 1 if meeting.store is self._store else 0
         self._store = meeting.store
-        # An engine may adopt inside a forward pass, and the worker cannot write tensors of inference mode.
-        with torch.inference_mode(False):
-            return self._connect_at(meeting)
+        return self._connect_at(meeting)
 
     def _connect_at(self, meeting: Meeting) -> EngineSide:
         try:
             side = self._engine.side()
         except EplbError as error:
-            domain = Domain(meeting.rank, meeting.world_size, self._generation, meeting.name)
-            Handshake(meeting.store, domain, self._config.start_timeout_s).fail(error)  # the others do not wait then
+            refuse_to_meet(meeting, error, self._generation)
             raise
         self._fsm = RebalanceFSM.connect_side(
             meeting.store,
             meeting.rank,
             meeting.world_size,
             side,
-            self._config,
+            self.config,
             name=meeting.name,
             generation=self._generation,
         )

@@ -69,11 +69,15 @@ def replica_counts(array: Int64Array, num_logical_experts: int) -> Int64Array:
     return counts[:, 1:]
 
 
+_MOST = 1e300
+"""Of a load: sums of any number of them are finite."""
+
+
 def checked_load(load: ArrayLike, shape: tuple[int, int]) -> Float64Array:
     """`load` as a float64 array of `shape` (num_moe_layers, num_logical_experts).
 
     Raises:
-        LoadError: another shape, not numbers, or a negative, infinite or NaN entry.
+        LoadError: another shape, not numbers, or an entry that is negative, NaN or above 1e300: sums are finite then.
     """
     try:
         array = np.asarray(load, dtype=np.float64)
@@ -81,10 +85,10 @@ def checked_load(load: ArrayLike, shape: tuple[int, int]) -> Float64Array:
         raise LoadError(f"load is not an array of numbers ({error})") from None
     if array.shape != shape:
         raise LoadError(f"load has shape {array.shape}, needed is (num_moe_layers, num_logical_experts) = {shape}")
-    if array.size and not (array.min() >= 0.0 and array.max() < np.inf):
-        layer, expert = np.argwhere(~((array >= 0.0) & (array < np.inf)))[0].tolist()
+    if array.size and not (array.min() >= 0.0 and array.max() <= _MOST):
+        layer, expert = np.argwhere(~((array >= 0.0) & (array <= _MOST)))[0].tolist()
         raise LoadError(
-            f"load of layer {layer}, expert {expert} is {array[layer, expert]}; give finite counts of 0 or more"
+            f"load of layer {layer}, expert {expert} is {array[layer, expert]}; give counts from 0 to {_MOST:.0e}"
         )
     return array
 

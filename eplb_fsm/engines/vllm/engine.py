@@ -79,10 +79,15 @@ class VllmEngine:
             take()
 
     def take_loads(self) -> list[torch.Tensor]:
-        """Take this rank's tokens per expert out of the window: int64 (layers, logical experts) of each model."""
+        """Take this rank's tokens per expert, of the window last planned for and since.
+
+        Returns:
+            int64 (layers, logical experts) of each model.
+        """
         assert self._load is not None
+        planned = [snapshot.clone() for snapshot in self._load.snapshots]
         self._load.snapshot()
-        return [snapshot.clone() for snapshot in self._load.snapshots]
+        return [before + since for before, since in zip(planned, self._load.snapshots, strict=True)]
 
     def forget_pass(self) -> None:
         """Drop what the layers have counted in the last pass: nobody asked for its tokens."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import MutableMapping
 from contextlib import nullcontext
 from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from eplb_fsm.config import ENV_PREFIX
 from eplb_fsm.engines.fingerprints import check_fingerprints, read_tested
 from eplb_fsm.engines.late import on_import
 from eplb_fsm.engines.switch import VARIABLE, is_asked
@@ -20,6 +22,10 @@ RUNNERS = {
     "vllm.v1.worker.gpu.eplb_utils": "BackgroundEplbStateV2",
 }
 """The modules whose ``EplbState`` is looked up when a model is loaded, and what takes its place there."""
+
+RAY_VARIABLES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+"""Where vLLM reads which variables, and which beginnings of names, its Ray actors get, with commas."""
 
 MODEL_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 """The modules of the two model runners, which reload weights."""
@@ -36,11 +42,19 @@ def register() -> None:
         check_fingerprints("vLLM", _version(), read_tested("vllm"))
     except Exception as error:  # whatever it is, vLLM would only log it
         sys.exit(f"{VARIABLE} is set, but vLLM cannot rebalance in the background: {error}")
+    _have_ray_copy_variables(os.environ)
     for module, name in RUNNERS.items():
         on_import(module, partial(_replace, name))
     on_import("vllm.v1.worker.worker_base", _require_eplb)
     for module in MODEL_RUNNERS:
         on_import(module, _guard_reload)
+
+
+def _have_ray_copy_variables(environ: MutableMapping[str, str]) -> None:
+    """Add what a rank reads to the variables that vLLM copies to its Ray actors, which inherit none of ours."""
+    for name, ours in ((RAY_VARIABLES, VARIABLE), (RAY_PREFIXES, ENV_PREFIX)):
+        named = [word.strip() for word in environ.get(name, "").split(",") if word.strip()]
+        environ[name] = ",".join(dict.fromkeys([*named, ours]))
 
 
 def _replace(name: str, runner: Any) -> None:

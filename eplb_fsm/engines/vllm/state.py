@@ -13,7 +13,8 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed.eplb.eplb_state import EplbState, _compute_eplb_load_stats
 from vllm.distributed.parallel_state import get_ep_group, get_node_count
 
-from eplb_fsm.engines.session import Session
+from eplb_fsm.config import RebalanceConfig
+from eplb_fsm.engines.session import Session, refuse_to_meet
 from eplb_fsm.engines.vllm.engine import VllmEngine
 from eplb_fsm.engines.vllm.options import Layout, check_supported, make_config
 from eplb_fsm.errors import EplbError, UsageError
@@ -74,32 +75,47 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
         if self.session is None and not self._starts_at_step:
             self._start()
 
+    def _start(self) -> None:
+        self.session = Session(self._engine, self._make_config())
+        self._record(True)
+        self.session.start()
+        logger.info("EPLB runs by eplb_fsm: %s", self.session.config.changed)
+
     def _start_anew(self) -> None:
-        """Connect the ranks of another membership; where that fails, they serve on with the map that vLLM made."""
+        """Connect the ranks of another membership and make their first step.
+
+        Where they cannot be connected, all of them serve on with the map that vLLM made.
+        """
         self._starts_at_step = False
         try:
             self._start()
+            assert self.session is not None
+            self.session.step()
         except EplbError as error:
-            self.session = None
+            if self.session is not None:
+                self.session.close()  # which tells the others, if it is they who wait
+                self.session = None
+            self._record(False)
             logger.error("EPLB has ended with %s: %s", _SCALING, error)
 
-    def _start(self) -> None:
-        model = next(iter(self.model_states.values())).model
-        layout = Layout(_num_nodes(), model.num_expert_groups or 1, model.num_redundant_experts)
-        config = make_config(self.parallel_config.eplb_config, layout, os.environ)
-        self.session = Session(self._engine, config)
-        self.session.start()
-        logger.info("EPLB runs by eplb_fsm: %s", config.changed)
+    def _make_config(self) -> RebalanceConfig:
+        try:
+            model = next(iter(self.model_states.values())).model
+            layout = Layout(_num_nodes(), model.num_expert_groups or 1, model.num_redundant_experts)
+            return make_config(self.parallel_config.eplb_config, layout, os.environ)
+        except EplbError as error:
+            refuse_to_meet(self._engine.meeting(), error)
+            raise
 
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
         """Step the machine, after every forward pass, real or dummy, on every rank; a profiling pass counts on none."""
         if is_profile:
             self._engine.forget_pass()
             return
-        if self._starts_at_step:
-            self._start_anew()
         session = self.session
         if session is None:
+            if self._starts_at_step:
+                self._start_anew()
             return
         self.expert_rearrangement_step += 1
         if log_stats and self.expert_rearrangement_step % self._log_interval == 0:
@@ -176,9 +192,13 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
         is_recording = self.session.is_recording or log_stats
         if is_recording == self._is_recording:
             return
-        self._is_recording = is_recording
         if is_recording:
             self._engine.forget_pass()  # of passes before, such as those of a warm-up
+        self._record(is_recording)
+
+    def _record(self, is_recording: bool) -> None:
+        """Have the layers count, or not."""
+        self._is_recording = is_recording
         if self.should_record_tensor is not None:
             self.should_record_tensor.fill_(is_recording)
 

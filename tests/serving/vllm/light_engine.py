@@ -171,6 +171,7 @@ class LightEngine(Driven):
         """The machine under the state."""
         return self.state.session.fsm
 
+    @torch.inference_mode()
     def forward(self, *, is_dummy: bool = False, is_profile: bool = False) -> None:
         """A pass and its step, through vLLM's own decorator."""
         if is_dummy or is_profile:

@@ -25,6 +25,7 @@ RUNNER = "vllm.v1.worker.gpu.eplb_utils"
 def _register(link: RankLink, sources: Path, asked: str, tampered: str, is_imported: bool) -> dict[str, Any]:
     """Load the plugin as vLLM does, in a process of its own, before or after the runner's module is imported."""
     os.environ["ENABLE_EPLB_REBALANCE_ASYNC"] = asked
+    os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] = "MINE, OTHER"
     light.install(sources, link.store(), link.rank, link.world_size)
     light.stand_in_workers()
     if is_imported:
@@ -49,6 +50,7 @@ def _register(link: RankLink, sources: Path, asked: str, tampered: str, is_impor
         "said": said,
         "state": runner.EplbState.__name__,
         "imported early": imported_early,
+        "for Ray": [os.environ.get(f"VLLM_RAY_EXTRA_ENV_{name}_TO_COPY") for name in ("VARS", "VAR_PREFIXES")],
         "without EPLB": _start_worker(enable_eplb=False),
         "with EPLB": _start_worker(enable_eplb=True),
         "reload": _reload(),
@@ -93,6 +95,7 @@ def test_the_plugin_is_inert_unless_asked(sources: Path, asked: str) -> None:
     (seen,) = run_ranks(1, _register, sources, asked, "", False)
     assert (seen["said"], seen["state"], seen["finders"]) == (None, "EplbState", 0)
     assert (seen["without EPLB"], seen["reload"]) == ("started", ("reloaded", []))
+    assert seen["for Ray"] == ["MINE, OTHER", None]
 
 
 @pytest.mark.parametrize("is_imported", [False, True])
@@ -106,6 +109,7 @@ def test_the_plugin_replaces_the_state_where_asked(sources: Path, is_imported: b
     assert seen["with EPLB"] == "started"
     assert "start with --enable-eplb" in seen["without EPLB"]
     assert seen["reload"] == ("reloaded", ["before", "after"])
+    assert seen["for Ray"] == ["MINE,OTHER,ENABLE_EPLB_REBALANCE_ASYNC", "EPLB_FSM_"]
 
 
 def test_a_changed_symbol_ends_the_start_with_the_reason(sources: Path) -> None:

@@ -163,6 +163,15 @@ def test_the_kernel_equals_the_numpy_path(
     assert by_kernel.tolist() == place_layers_numpy(load, physical, ranks, nodes, groups).tolist()
 
 
+@pytest.mark.parametrize("num_layers", [31, 33, 65])
+@pytest.mark.parametrize(("groups", "nodes"), [(1, 1), (8, 4)])
+def test_the_kernel_equals_the_numpy_path_for_many_layers(num_layers: int, groups: int, nodes: int) -> None:
+    """Also where the layers are placed in several turns, the last one shorter than the others."""
+    load = np.random.default_rng(num_layers).lognormal(0.0, 1.0, (num_layers, 16))
+    by_kernel = place_layers(load, 24, 8, nodes, groups)
+    assert by_kernel.tolist() == place_layers_numpy(load, 24, 8, nodes, groups).tolist()
+
+
 def test_a_negative_zero_is_zero() -> None:
     """A load of -0.0 gives the map of a load of 0.0."""
     load = np.array([[3.0, 0.0, 1.0, 0.0, 0.0, 2.0]])
