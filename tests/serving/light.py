@@ -18,14 +18,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "build" / "engines"
-"""Where ``make engine-sources`` unpacks the engines' Python files."""
+"""Where ``make build/engines/.ready`` unpacks the engines' Python files."""
 
 
 def sources_of(engine: str, version: str) -> Path:
     """Return the folder with an engine's sources; skips the test where they are not there."""
     folder = SOURCES / f"{engine}-{version}"
     if not folder.is_dir():
-        reason = f"the sources of {engine} {version} are not there: make engine-sources"
+        reason = f"the sources of {engine} {version} are not there: make build/engines/.ready"
         if os.environ.get("REQUIRE_ENGINE_SOURCES"):
             pytest.fail(reason)
         pytest.skip(reason)

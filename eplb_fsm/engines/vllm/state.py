@@ -162,7 +162,7 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
             result: torch.Tensor | None = super().rearrange(is_profile, rank_mapping, use_last_expert_load)
         finally:
             self.is_async = is_async
-        self._starts_at_step = not is_profile
+        self._starts_at_step |= not is_profile
         return result
 
     @contextmanager
