@@ -25,13 +25,15 @@ class Layer(NamedTuple):
         num_on: (experts, ranks) int16 slots of an expert on a rank.
         marks_of: (experts) int64 with the marks of the ranks that an expert is on, see :func:`mark_of`: two experts
             without a common mark have no common rank.
-        standing: (experts, ranks) uint8 what is known of an expert on a rank: where it was at the start, `HELD` there,
+        standing: (ranks, experts) uint8 what is known of an expert on a rank: where it was at the start, `HELD` there,
             `NEAR` on the rank's node, or `FAR`; plus `ON` if the rank has it, plus `BARRED` if it may not.
-        price_of: (4) float64 what a move counts by where the expert was.
+        price_of: (16) float64 what it counts to bring an expert to a rank, by its standing there.
         speeds: (ranks) float64 speed of each rank.
         base_of: (ranks) float64 by how much less than a rank of speed 1 it may carry, see :func:`set_limit`.
         load_of: (ranks) float64 load of each rank, `base_of` included.
         share_at: (slots) float64 load of each slot.
+        paid_at: (slots) float64 what it counts that the slot's rank has the slot's expert; 0 for none.
+        is_spare: (slots) bool whether the slot is empty, or its expert can do without it; see `look_ahead`.
         prospect: (7, experts) float64, what one replica more or less of an expert would do; see `look_ahead`.
     """
 
@@ -48,12 +50,16 @@ class Layer(NamedTuple):
     base_of: Float64Array
     load_of: Float64Array
     share_at: Float64Array
+    paid_at: Float64Array
+    is_spare: BoolArray
     prospect: Float64Array
 
 
 HELD, NEAR, FAR, ON, BARRED, FROM = 0, 1, 2, 4, 8, 3
 """Of `Layer.standing`, the first three under the mask `FROM`. All that is known of an expert on a rank is one byte, so
 that it stays in the cache."""
+UNPAYABLE = 1e9
+"""What it counts to bring an expert to a rank that has it, or may not have it."""
 SHARE, SINKS, SINK_GAIN, SINK_EVENNESS, RISES, RISE_LOSS, RISE_EVENNESS = range(7)
 """Rows of `Layer.prospect`."""
 
@@ -92,35 +98,54 @@ def make_layer(
         np.zeros((num_experts, num_slots - num_experts + 2), dtype=np.int64),
         np.zeros((num_experts, num_ranks), dtype=np.int16),
         np.zeros(num_experts, dtype=np.int64),
-        np.full((num_experts, num_ranks), FAR + BARRED, dtype=np.uint8),
-        np.array([0.0, 1.0, cross_node_price, 0.0]),
+        _standing(start, row, may_hold, ranks_per_group, ranks_per_node, num_experts),
+        np.full(16, UNPAYABLE),
         speeds,
         np.zeros(num_ranks),
         np.zeros(num_ranks),
         np.zeros(num_slots),
+        np.zeros(num_slots),
+        row == EMPTY,
         np.zeros((7, num_experts)),
     )
+    layer.price_of[HELD], layer.price_of[NEAR], layer.price_of[FAR] = 0.0, 1.0, cross_node_price
     for slot in range(num_slots):
-        if start[slot] != EMPTY:
-            first = slot // num_local // ranks_per_node * ranks_per_node
-            layer.standing[start[slot], first : first + ranks_per_node] = NEAR + BARRED
-    for slot in range(num_slots):
-        rank = slot // num_local
-        if start[slot] != EMPTY:
-            layer.standing[start[slot], rank] &= ~np.uint8(NEAR + FAR)
-        expert = row[slot]
+        rank, expert = slot // num_local, row[slot]
         if expert != EMPTY:
             layer.slots_of[expert, layer.replicas[expert]] = slot
             layer.replicas[expert] += 1
             layer.num_on[expert, rank] += 1
             layer.marks_of[expert] |= mark_of(rank)
-            first = rank // ranks_per_group * ranks_per_group
-            for other in range(first, first + ranks_per_group):
-                if may_hold[other]:
-                    layer.standing[expert, other] &= ~np.uint8(BARRED)
-            layer.standing[expert, rank] |= np.uint8(ON)
+            layer.paid_at[slot] = layer.price_of[layer.standing[rank, expert] & FROM]
+            layer.standing[rank, expert] |= np.uint8(ON)
     sum_loads(layer)
     return layer
+
+
+@compiled
+def _standing(
+    start: Int64Array, row: Int64Array, may_hold: BoolArray, ranks_per_group: int, ranks_per_node: int, num_experts: int
+) -> npt.NDArray[np.uint8]:
+    """What is known of each expert on each rank, but for `ON`; arguments as of :func:`make_layer`."""
+    num_ranks, num_slots = len(may_hold), len(row)
+    num_local = num_slots // num_ranks
+    origin = np.full((num_ranks // ranks_per_node, num_experts), FAR, dtype=np.uint8)
+    bar = np.full((num_ranks // ranks_per_group, num_experts), BARRED, dtype=np.uint8)
+    for slot in range(num_slots):
+        rank = slot // num_local
+        if start[slot] != EMPTY:
+            origin[rank // ranks_per_node, start[slot]] = NEAR
+        if row[slot] != EMPTY:
+            bar[rank // ranks_per_group, row[slot]] = 0
+    standing = np.full((num_ranks, num_experts), BARRED, dtype=np.uint8)
+    for rank in range(num_ranks):
+        if may_hold[rank]:
+            standing[rank] = bar[rank // ranks_per_group]
+        standing[rank] |= origin[rank // ranks_per_node]
+    for slot in range(num_slots):
+        if start[slot] != EMPTY:
+            standing[slot // num_local, start[slot]] &= ~np.uint8(NEAR + FAR)
+    return standing
 
 
 @compiled
@@ -162,7 +187,7 @@ def heaviest_of(layer: Layer) -> float:
 
 @compiled
 def look_ahead(layer: Layer, experts: Int64Array, limit: float) -> None:
-    """Fill the prospect of some experts.
+    """Fill the prospect of some experts, and tell whether their slots are spare.
 
     With one replica more, each of an expert's slots carries `SINKS` less than its `SHARE`: that takes `SINK_GAIN` of
     the excess away, and `SINK_EVENNESS` of the squared loads. With one less, each carries `RISES` more, which would add
@@ -174,9 +199,12 @@ def look_ahead(layer: Layer, experts: Int64Array, limit: float) -> None:
         share = weight / count
         sinks = share - weight / (count + 1)
         rises = weight / (count - 1) - share if count > 1 else 0.0
+        is_spare = can_spare(weight, count, limit)
         gain, loss, sink_evenness, rise_evenness = 0.0, 0.0, 0.0, 0.0
         for index in range(count):
-            rank = layer.rank_of[slots_of[expert, index]]
+            slot = slots_of[expert, index]
+            layer.is_spare[slot] = is_spare
+            rank = layer.rank_of[slot]
             load, times = load_of[rank], layer.num_on[expert, rank]  # a rank is met once for each slot that it has
             excess = max(load - limit, 0.0)
             gain += min(excess, times * sinks) / times
@@ -190,6 +218,12 @@ def look_ahead(layer: Layer, experts: Int64Array, limit: float) -> None:
         layer.prospect[RISES, expert] = rises
         layer.prospect[RISE_LOSS, expert] = loss
         layer.prospect[RISE_EVENNESS, expert] = rise_evenness
+
+
+@compiled
+def can_spare(weight: float, replicas: int, limit: float) -> bool:
+    """Whether an expert can do without one of its replicas: each other one is still bearable for a rank."""
+    return replicas > 1 and weight <= limit * (replicas - 1)
 
 
 @compiled
@@ -211,21 +245,22 @@ def look_again(layer: Layer, one: int, other: int, limit: float) -> None:
             slot = layer.slots_of[expert, index]
             layer.share_at[slot] = layer.weight[expert] / layer.replicas[expert]
             is_stale[layer.rank_of[slot]] = True
-    stale = np.flatnonzero(is_stale)
-    held = np.empty(len(stale) * num_local, dtype=np.int64)
-    for index in range(len(stale)):
-        first = stale[index] * num_local
-        layer.load_of[stale[index]] = layer.base_of[stale[index]]
-        for slot in range(first, first + num_local):
-            layer.load_of[stale[index]] += layer.share_at[slot]
-        held[index * num_local : (index + 1) * num_local] = layer.expert_at[first : first + num_local]
-    look_ahead(layer, held[held >= 0], limit)
+    held, count = np.empty(len(layer.expert_at), dtype=np.int64), 0
+    for rank in range(len(is_stale)):
+        if is_stale[rank]:
+            layer.load_of[rank] = layer.base_of[rank]
+            for slot in range(rank * num_local, (rank + 1) * num_local):
+                layer.load_of[rank] += layer.share_at[slot]
+                if layer.expert_at[slot] >= 0:
+                    held[count] = layer.expert_at[slot]
+                    count += 1
+    look_ahead(layer, held[:count], limit)
 
 
 @compiled
 def may_get(layer: Layer, expert: int, rank: int) -> bool:
     """Whether a rank may get an expert, which it does not hold yet."""
-    return bool(layer.standing[expert, rank] < ON)
+    return bool(layer.standing[rank, expert] < ON)
 
 
 @compiled
@@ -240,7 +275,7 @@ def put(layer: Layer, slot: int, expert: int) -> None:
         layer.replicas[old] = last
         layer.num_on[old, rank] -= 1
         if layer.num_on[old, rank] == 0:
-            layer.standing[old, rank] &= ~np.uint8(ON)
+            layer.standing[rank, old] &= ~np.uint8(ON)
         layer.marks_of[old] = 0
         for index in range(last):
             layer.marks_of[old] |= mark_of(layer.rank_of[layer.slots_of[old, index]])
@@ -248,5 +283,6 @@ def put(layer: Layer, slot: int, expert: int) -> None:
     layer.slots_of[expert, layer.replicas[expert]] = slot
     layer.replicas[expert] += 1
     layer.num_on[expert, rank] += 1
-    layer.standing[expert, rank] |= np.uint8(ON)
+    layer.paid_at[slot] = layer.price_of[layer.standing[rank, expert] & FROM]
+    layer.standing[rank, expert] |= np.uint8(ON)
     layer.marks_of[expert] |= mark_of(rank)

@@ -14,23 +14,21 @@ ranks most even wins, then the first one found.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from eplb_fsm.placement.digest import Int64Array
+from eplb_fsm.placement.kernels.changes import (
+    ROUNDING,
+    Change,
+    best_change,
+    make_sieve,
+    with_rounding,
+)
 from eplb_fsm.placement.kernels.compiled import compiled
 from eplb_fsm.placement.kernels.layer import (
-    FROM,
-    ON,
-    RISE_EVENNESS,
     RISE_LOSS,
-    RISES,
-    SHARE,
-    SINK_EVENNESS,
-    SINK_GAIN,
-    SINKS,
     Layer,
+    can_spare,
     heaviest_of,
     look_again,
     look_ahead,
@@ -43,31 +41,6 @@ from eplb_fsm.placement.kernels.layer import (
 from eplb_fsm.placement.kernels.split import fill_pools, highest_of
 from eplb_fsm.placement.moves import BoolArray
 from eplb_fsm.placement.validate import Float64Array
-
-_ROUNDING = 1e-9
-"""Scores, and loads beside the limit, that differ by less than this share count as equal."""
-_FREE = 1e-3
-"""Cost of a change without a peer move, in peer moves."""
-_UNPAYABLE = 1e9
-"""Cost of a swap with a rank that has nothing to give, in peer moves."""
-
-
-class Change(NamedTuple):
-    """A change and what it is worth.
-
-    Attributes:
-        slot: Slot to overwrite, or the heaviest rank's slot of a swap; -1: there is no change.
-        other: The other slot of a swap; -1: an overwrite.
-        expert: What `slot` holds afterwards.
-        score: Excess taken away for each peer move.
-        evenness: By how much the sum of squared rank loads sinks.
-    """
-
-    slot: int
-    other: int
-    expert: int
-    score: float
-    evenness: float
 
 
 @compiled
@@ -116,7 +89,7 @@ def repair_layers(
             spread(layer)
         heaviest = relieve(layer, mean / target, max_changes, is_weighted)
         rows[index] = layer.expert_at
-        is_good[index] = heaviest <= _with_rounding(mean / target)
+        is_good[index] = heaviest <= with_rounding(mean / target)
         balance[index] = mean / heaviest
     return is_good, balance
 
@@ -145,24 +118,25 @@ def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> 
     set_limit(layer, limit)
     lightest, row = _heaviest(layer, limit, is_weighted), layer.expert_at.copy()
     begun = row.copy()
-    if lightest <= _with_rounding(limit):
+    if lightest <= with_rounding(limit):
         return lightest
     everything = np.arange(len(layer.weight))
     _replicate_the_hottest(layer, everything, limit)
     look_ahead(layer, everything, limit)
+    sieve = make_sieve(layer)
     for _ in range(max_changes):
         heaviest = _heaviest(layer, limit, is_weighted)
         if heaviest < lightest:
             lightest = heaviest
             row[:] = layer.expert_at
-        if heaviest <= _with_rounding(limit):
+        if heaviest <= with_rounding(limit):
             break
-        best = _best_change(layer, limit)
+        best = best_change(layer, sieve, limit)
         if best.slot < 0:
             break
         look_again(layer, best.expert, _apply(layer, best), limit)
     layer.expert_at[:] = row
-    if is_weighted and lightest > _with_rounding(limit):
+    if is_weighted and lightest > with_rounding(limit):
         return _take_the_lighter(layer, begun, row)
     return lightest
 
@@ -180,7 +154,7 @@ def _take_the_lighter(layer: Layer, begun: Int64Array, row: Int64Array) -> float
 def _heaviest(layer: Layer, limit: float, is_weighted: bool) -> float:
     """Load of the heaviest rank over its speed; with weighted shares where it is above the limit and those may help."""
     heaviest = heaviest_of(layer)
-    if is_weighted and heaviest > _with_rounding(limit) and not _has_no_choice(layer, limit):
+    if is_weighted and heaviest > with_rounding(limit) and not _has_no_choice(layer, limit):
         return highest_of(fill_pools(layer.weight, layer.expert_at, layer.speeds, limit))
     return heaviest
 
@@ -195,14 +169,9 @@ def _has_no_choice(layer: Layer, limit: float) -> bool:
             expert = layer.expert_at[slot]
             if expert >= 0 and layer.replicas[expert] == 1:
                 fixed += layer.share_at[slot]
-        if fixed > _with_rounding(limit):
+        if fixed > with_rounding(limit):
             return True
     return False
-
-
-@compiled
-def _with_rounding(limit: float) -> float:
-    return limit * (1.0 + _ROUNDING)
 
 
 @compiled
@@ -217,7 +186,7 @@ def _replicate_the_hottest(layer: Layer, everything: Int64Array, limit: float) -
             best, lightest = -1, np.inf
             for slot in range(len(layer.expert_at)):
                 old, rank = layer.expert_at[slot], layer.rank_of[slot]
-                if old >= 0 and not _can_spare(layer.weight[old], layer.replicas[old], limit):
+                if old >= 0 and not can_spare(layer.weight[old], layer.replicas[old], limit):
                     continue
                 if not may_get(layer, expert, rank):
                     continue
@@ -230,138 +199,6 @@ def _replicate_the_hottest(layer: Layer, everything: Int64Array, limit: float) -
                 break
             put(layer, best, expert)
             sum_loads(layer)
-
-
-@compiled
-def _best_change(layer: Layer, limit: float) -> Change:
-    """Return the best change for the heaviest rank; where none helps it, for the heaviest one that can be helped."""
-    best = Change(-1, -1, -1, 0.0, 0.0)
-    below = np.inf
-    while best.slot < 0:
-        heaviest, most = -1, _with_rounding(limit)
-        for rank in range(len(layer.load_of)):
-            if most < layer.load_of[rank] < below:
-                heaviest, most = rank, layer.load_of[rank]
-        if heaviest < 0:
-            break
-        best = _best_swap(layer, heaviest, limit, best)
-        best = _best_overwrite(layer, heaviest, limit, best)
-        below = most
-    return best
-
-
-@compiled
-def _best_overwrite(layer: Layer, heaviest: int, limit: float, best: Change) -> Change:
-    """Look at all overwrites that change the load of the heaviest rank: of a slot, or by an expert that it has."""
-    expert_at, replicas, load_of, prospect = layer.expert_at, layer.replicas, layer.load_of, layer.prospect
-    num_on, standing, price_of = layer.num_on, layer.standing, layer.price_of
-    slots_of, rank_of = layer.slots_of, layer.rank_of
-    num_local = len(expert_at) // len(load_of)
-    everything = np.arange(len(replicas))
-    own = expert_at[heaviest * num_local : (heaviest + 1) * num_local]
-    own = own[own >= 0]
-    own_prospect = prospect[:, own]  # side by side in memory, since it is read for every slot
-    for slot in range(len(expert_at)):
-        old, rank = expert_at[slot], rank_of[slot]
-        if old >= 0 and not _can_spare(layer.weight[old], replicas[old], limit):
-            continue
-        load = load_of[rank]
-        excess = max(load - limit, 0.0)
-        leaves, rises, loss, evenness_lost, old_cost, marks = 0.0, 0.0, 0.0, 0.0, 0.0, 0
-        if old >= 0:  # what the other replicas of the old expert take over
-            rises, up = prospect[RISES, old], num_on[old, rank] * prospect[RISES, old]
-            leaves = prospect[SHARE, old] - up + rises
-            loss = max(prospect[RISE_LOSS, old] - max(load + up - limit, 0.0) + excess, 0.0)
-            evenness_lost = prospect[RISE_EVENNESS, old] - up * (2.0 * load + up)
-            old_cost = price_of[standing[old, rank] & FROM]
-            marks = layer.marks_of[old]
-        candidates = everything if rank == heaviest else own
-        ahead = prospect if rank == heaviest else own_prospect
-        for candidate in range(len(candidates)):
-            expert, sinks = candidates[candidate], ahead[SINKS, candidate]
-            after = load + ahead[SHARE, candidate] - sinks - leaves
-            most = ahead[SINK_GAIN, candidate] + excess - max(after - limit, 0.0)
-            known = standing[expert, rank]
-            if most <= limit * _ROUNDING or known >= ON:
-                continue
-            cost = max(price_of[known & FROM] - old_cost, _FREE)
-            may_share = marks & layer.marks_of[expert] != 0  # a rank, where one's rise and the other's sinking meet
-            gain = most - loss
-            if (most if may_share else gain) < best.score * cost * (1.0 - _ROUNDING):
-                continue
-            evenness = ahead[SINK_EVENNESS, candidate] + (load - after) * (load + after) - evenness_lost
-            for index in range(replicas[expert] if may_share else 0):
-                other = rank_of[slots_of[expert, index]]
-                if num_on[old, other]:  # it carries less of one and more of the other
-                    up, down = num_on[old, other] * rises, num_on[expert, other] * sinks
-                    over = load_of[other] - limit
-                    evenness += 2.0 * up * sinks
-                    gain += (max(over + up, 0.0) + max(over - down, 0.0)) / num_on[expert, other]
-                    gain -= (max(over + up - down, 0.0) + max(over, 0.0)) / num_on[expert, other]
-            if gain > limit * _ROUNDING and _is_better(gain / cost, evenness, best.score, best.evenness):
-                best = Change(slot, -1, expert, gain / cost, evenness)
-    return best
-
-
-@compiled
-def _best_swap(layer: Layer, heaviest: int, limit: float, best: Change) -> Change:
-    """Look at all swaps of a slot of the heaviest rank that could be better than the best change so far."""
-    expert_at, load_of, share_at = layer.expert_at, layer.load_of, layer.share_at
-    standing, price_of = layer.standing, layer.price_of
-    num_local = len(expert_at) // len(load_of)
-    excess = load_of[heaviest] - limit
-    least_cost = _least_costs(layer, heaviest)
-    for own in range(heaviest * num_local, (heaviest + 1) * num_local):
-        expert = expert_at[own]
-        if expert < 0:
-            continue
-        for rank in range(len(load_of)):
-            room = limit - load_of[rank]
-            known = standing[expert, rank]
-            new_cost = price_of[known & FROM] - price_of[standing[expert, heaviest] & FROM]
-            needed = best.score * max(new_cost + least_cost[rank], _FREE) * (1.0 - _ROUNDING)
-            needed = max(needed, limit * _ROUNDING)
-            if min(excess, room, share_at[own]) < needed or known >= ON:
-                continue
-            for slot in range(rank * num_local, (rank + 1) * num_local):
-                sinks, other = share_at[own] - share_at[slot], expert_at[slot]
-                gain = min(sinks, excess) - max(sinks - room, 0.0)
-                if gain < needed or other < 0:
-                    continue
-                other_known = standing[other, heaviest]
-                if other_known >= ON:
-                    continue
-                cost = new_cost + price_of[other_known & FROM] - price_of[standing[other, rank] & FROM]
-                score = gain / max(cost, _FREE)
-                evenness = 2.0 * sinks * (load_of[heaviest] - load_of[rank] - sinks)
-                if _is_better(score, evenness, best.score, best.evenness):
-                    best = Change(own, slot, other, score, evenness)
-    return best
-
-
-@compiled
-def _least_costs(layer: Layer, heaviest: int) -> Float64Array:
-    """For each rank what taking one of its experts costs at least, less what it cost to have it there."""
-    least = np.full(len(layer.load_of), _UNPAYABLE)
-    for slot in range(len(layer.expert_at)):
-        expert, rank = layer.expert_at[slot], layer.rank_of[slot]
-        if expert >= 0 and layer.standing[expert, heaviest] < ON:
-            here, there = layer.standing[expert, heaviest] & FROM, layer.standing[expert, rank] & FROM
-            least[rank] = min(least[rank], layer.price_of[here] - layer.price_of[there])
-    return least
-
-
-@compiled
-def _can_spare(weight: float, replicas: int, limit: float) -> bool:
-    """Whether an expert can do without one of its replicas: each other one is still bearable for a rank."""
-    return replicas > 1 and weight <= limit * (replicas - 1)
-
-
-@compiled
-def _is_better(score: float, evenness: float, best_score: float, best_evenness: float) -> bool:
-    if score > best_score * (1.0 + _ROUNDING):
-        return True
-    return score > best_score * (1.0 - _ROUNDING) and evenness > best_evenness
 
 
 @compiled
@@ -384,7 +221,7 @@ def spread(layer: Layer) -> None:
         rank, expert = layer.rank_of[slot], layer.expert_at[slot]
         if expert < 0 or layer.num_on[expert, rank] < 2:
             continue
-        best, lightest = -1, heaviest_of(layer) * (1.0 + _ROUNDING)
+        best, lightest = -1, heaviest_of(layer) * (1.0 + ROUNDING)
         for other_slot in range(len(layer.expert_at)):
             other_rank, other = layer.rank_of[other_slot], layer.expert_at[other_slot]
             if other < 0 or not may_get(layer, expert, other_rank) or not may_get(layer, other, rank):

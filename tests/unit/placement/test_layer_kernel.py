@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from eplb_fsm.placement.kernels.layer import (
+    FROM,
     ON,
     Layer,
     look_again,
@@ -34,7 +35,7 @@ def layer_of(seed: int) -> tuple[Layer, float]:
 
 
 def test_a_change_brings_everything_up_to_date() -> None:
-    """Shares, loads and prospects after each of many overwrites and swaps; and who holds what."""
+    """Shares, loads, what is spare and prospects after each of many overwrites and swaps; and who holds what."""
     assert sum(check_changes(seed) for seed in range(20)) > 500
 
 
@@ -55,11 +56,15 @@ def check_changes(seed: int) -> int:
         if is_swap:
             put(layer, int(other), old)
         look_again(layer, expert, old, limit)
-        kept = [array.copy() for array in (layer.share_at, layer.load_of, layer.prospect)]
+        kept = [array.copy() for array in (layer.share_at, layer.load_of, layer.is_spare, layer.prospect)]
         sum_loads(layer)
         look_ahead(layer, np.arange(len(layer.weight)), limit)
-        for before, anew in zip(kept, (layer.share_at, layer.load_of, layer.prospect), strict=True):
+        for before, anew in zip(kept, (layer.share_at, layer.load_of, layer.is_spare, layer.prospect), strict=True):
             assert before.tobytes() == anew.tobytes()
-        assert ((layer.standing & ON > 0) == (layer.num_on > 0)).all()
+        assert ((layer.standing & ON > 0) == (layer.num_on.T > 0)).all()
+        held = layer.expert_at >= 0
+        known = layer.standing[layer.rank_of[held], layer.expert_at[held]]
+        assert (layer.paid_at[held] == layer.price_of[known & FROM]).all()
+        assert layer.is_spare[~held].all()
         num_changes += 1
     return num_changes
