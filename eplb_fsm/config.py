@@ -24,6 +24,7 @@ DEFAULT_CROSS_NODE_PRICE = 2.0
 """Between links of one speed, where it costs up to a third more moves, and links that differ ninefold (an NVLink and a
 network card of today), where most moves between nodes are saved and a higher price saves little more:
 ``python -m tests.benchmarks.nodes``."""
+MAX_CROSS_NODE_PRICE = 1_000_000
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("async", "sync"),
@@ -63,6 +64,7 @@ _AT_LEAST: dict[str, float] = {
 _LARGEST = 1 << 40
 """Bound of every number: sums of them stay far inside the 64-bit words of a vote."""
 _AT_MOST: dict[str, float] = {
+    "cross_node_price": MAX_CROSS_NODE_PRICE,
     "staging_buffers": 64,
     "max_slowdown": 100,
     "trigger_balancedness": 1,

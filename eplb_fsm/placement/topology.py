@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from eplb_fsm.config import DEFAULT_CROSS_NODE_PRICE
+from eplb_fsm.config import DEFAULT_CROSS_NODE_PRICE, MAX_CROSS_NODE_PRICE
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.placement.moves import BoolArray
 from eplb_fsm.placement.placement import Placement
@@ -61,8 +60,10 @@ class Topology:
         for name in ("num_ranks", "num_nodes", "num_groups"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; set it to 1 or more")
-        if not 1.0 <= self.cross_node_price < math.inf:
-            raise ConfigError(f"cross_node_price is {self.cross_node_price}; set it to 1 or more")
+        if not 1.0 <= self.cross_node_price <= MAX_CROSS_NODE_PRICE:
+            raise ConfigError(
+                f"cross_node_price is {self.cross_node_price}; set it to 1 or more, at most {MAX_CROSS_NODE_PRICE}"
+            )
         if self.num_ranks % self.num_nodes:
             raise ConfigError(
                 f"num_ranks={self.num_ranks} does not divide among num_nodes={self.num_nodes}; "

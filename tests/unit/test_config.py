@@ -77,6 +77,7 @@ def test_every_number_refuses_what_is_no_usable_number(name: str, value: Any) ->
         ({"policy": ""}, "must name a policy"),
         ({"vote_timeout_s": 0}, "must be a number of seconds above 0"),
         ({"backoff_steps": 50, "max_backoff_steps": 20}, "must not be below backoff_steps"),
+        ({"cross_node_price": 1_000_001.0}, "cross_node_price = 1000001.0: must be at most 1000000"),
         ({"staging_buffers": 65}, "staging_buffers = 65: must be at most 64"),
     ],
 )

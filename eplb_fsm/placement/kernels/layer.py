@@ -58,7 +58,7 @@ class Layer(NamedTuple):
 HELD, NEAR, FAR, ON, BARRED, FROM = 0, 1, 2, 4, 8, 3
 """Of `Layer.standing`, the first three under the mask `FROM`. All that is known of an expert on a rank is one byte, so
 that it stays in the cache."""
-UNPAYABLE = 1e9
+UNPAYABLE = 1e12
 """What it counts to bring an expert to a rank that has it, or may not have it."""
 SHARE, SINKS, SINK_GAIN, SINK_EVENNESS, RISES, RISE_LOSS, RISE_EVENNESS = range(7)
 """Rows of `Layer.prospect`."""

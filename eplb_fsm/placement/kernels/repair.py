@@ -10,6 +10,9 @@ A peer move is an expert on a rank that did not hold it at the start, so taking 
 nothing. One from another node may cost more than one. No change puts a second replica of an expert on a rank, or an
 expert on a node that did not hold it where nodes are to be kept apart. Of equally good changes the one that leaves the
 ranks most even wins, then the first one found.
+
+The search is greedy, and may end where some rank is a little too heavy and no single change helps. Then it is made
+again with a limit that is a little stricter.
 """
 
 from __future__ import annotations
@@ -41,6 +44,13 @@ from eplb_fsm.placement.kernels.layer import (
 from eplb_fsm.placement.kernels.split import fill_pools, highest_of
 from eplb_fsm.placement.moves import BoolArray
 from eplb_fsm.placement.validate import Float64Array
+
+_TRIES = 4
+"""Searches of one layer. With eight, few more arrive."""
+_STRICTER = 1e-3
+"""Each is stricter than the one before by this share of the limit."""
+_NEAR = 1.02
+"""What ends further above the limit than by this factor is not tried again: of such layers hardly any arrives."""
 
 
 @compiled
@@ -82,14 +92,21 @@ def repair_layers(
         mean = mean_load(load[index], speeds)
         if mean <= 0.0:
             continue
-        layer = make_layer(
-            load[index], start[index], rows[index], speeds, may_hold, ranks_per_group, ranks_per_node, cross_node_price
-        )
-        if is_new:
-            spread(layer)
-        heaviest = relieve(layer, mean / target, max_changes, is_weighted)
-        rows[index] = layer.expert_at
-        is_good[index] = heaviest <= with_rounding(mean / target)
+        limit, begun, heaviest = mean / target, rows[index].copy(), np.inf
+        for aim in limit * (1.0 - _STRICTER * np.arange(_TRIES)):
+            is_missed = with_rounding(limit) < heaviest <= _NEAR * limit and aim >= mean
+            if heaviest < np.inf and not is_missed:
+                break
+            layer = make_layer(
+                load[index], start[index], begun, speeds, may_hold, ranks_per_group, ranks_per_node, cross_node_price
+            )
+            if is_new:
+                spread(layer)
+            reached = relieve(layer, limit, aim, max_changes, is_weighted)
+            if reached < heaviest:
+                heaviest = reached
+                rows[index] = layer.expert_at
+        is_good[index] = heaviest <= with_rounding(limit)
         balance[index] = mean / heaviest
     return is_good, balance
 
@@ -106,8 +123,10 @@ def mean_load(weight: Float64Array, speeds: Float64Array) -> float:
 
 
 @compiled
-def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> float:
+def relieve(layer: Layer, limit: float, aim: float, max_changes: int, is_weighted: bool) -> float:
     """Change a layer until no rank carries more than the limit, no change helps, or `max_changes` are made.
+
+    What a rank carries above `aim`, at most the limit, is its excess.
 
     A change lessens the excess of all ranks together, and may make one of them heavier than any was. So the lightest
     heaviest rank that was met counts: `layer.expert_at` holds that row afterwards, and the other arrays do not follow.
@@ -115,14 +134,14 @@ def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> 
     Returns:
         Load of the heaviest rank of that row, over its speed.
     """
-    set_limit(layer, limit)
+    set_limit(layer, aim)
     lightest, row = _heaviest(layer, limit, is_weighted), layer.expert_at.copy()
     begun = row.copy()
     if lightest <= with_rounding(limit):
         return lightest
     everything = np.arange(len(layer.weight))
-    _replicate_the_hottest(layer, everything, limit)
-    look_ahead(layer, everything, limit)
+    _replicate_the_hottest(layer, everything, aim)
+    look_ahead(layer, everything, aim)
     sieve = make_sieve(layer)
     for _ in range(max_changes):
         heaviest = _heaviest(layer, limit, is_weighted)
@@ -131,10 +150,10 @@ def relieve(layer: Layer, limit: float, max_changes: int, is_weighted: bool) -> 
             row[:] = layer.expert_at
         if heaviest <= with_rounding(limit):
             break
-        best = best_change(layer, sieve, limit)
+        best = best_change(layer, sieve, aim)
         if best.slot < 0:
             break
-        look_again(layer, best.expert, _apply(layer, best), limit)
+        look_again(layer, best.expert, _apply(layer, best), aim)
     layer.expert_at[:] = row
     if is_weighted and lightest > with_rounding(limit):
         return _take_the_lighter(layer, begun, row)

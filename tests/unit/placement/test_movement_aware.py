@@ -18,6 +18,8 @@ from eplb_fsm.offline.comparison import num_duplicates
 from eplb_fsm.placement import Placement, Topology, get_policy
 from eplb_fsm.placement.balancedness import balancedness
 from eplb_fsm.placement.kernels.compiled import compiled
+from eplb_fsm.placement.kernels.layer import make_layer
+from eplb_fsm.placement.kernels.repair import mean_load, relieve, repair_layers
 from eplb_fsm.placement.moves import num_cross_node_moves, num_peer_moves
 from eplb_fsm.placement.policies import MovementAwarePolicy
 
@@ -100,6 +102,22 @@ def test_a_layer_that_just_reaches_the_target_is_good(seed: int) -> None:
     assert MovementAwarePolicy(0.8).plan(load, current, Topology(current.num_ranks)) == current
 
 
+@pytest.mark.parametrize(("seed", "target"), [(80, 0.98), (266, 0.95), (385, 0.98)])
+def test_a_search_that_ends_above_the_limit_is_made_again(seed: int, target: float) -> None:
+    """Where no single change helps any more, a stricter limit takes another way, which arrives."""
+    rng = np.random.default_rng(seed)
+    load = rng.lognormal(0.0, 1.0, (1, 12)).round(2)
+    start = rng.permutation([*range(12), *rng.integers(0, 12, 4)])[None]
+    alike = np.ones(4), np.ones(4, dtype=np.bool_), 4, 4, 2.0
+    mean = mean_load(load[0], alike[0])
+    once = make_layer(load[0], start[0], start[0], *alike)
+    assert relieve(once, mean / target, mean / target, 64, False) > mean / target * (1.0 + 1e-6)
+    rows = start.copy()
+    is_good, balance = repair_layers(load, start, rows, *alike, target, 64, False, False)
+    assert is_good.all()
+    assert balance[0] == pytest.approx(balancedness(load, Placement(rows, 12, 4))[0])
+
+
 def test_makes_no_second_replica_on_a_rank() -> None:
     """However it moves, it adds no slot whose expert the rank has already."""
     for seed in range(5):
@@ -155,6 +173,13 @@ def test_refuses_a_target_that_cannot_be(target: float) -> None:
     """A target that is no balancedness is one clear error."""
     with pytest.raises(ConfigError, match="target_balancedness"):
         MovementAwarePolicy(target)
+
+
+@pytest.mark.parametrize("price", [0.5, 1e7, float("nan")])
+def test_refuses_a_price_that_cannot_be(price: float) -> None:
+    """Dearer than a move that may not be at all is no price."""
+    with pytest.raises(ConfigError, match="cross_node_price"):
+        Topology(NUM_RANKS, 2, cross_node_price=price)
 
 
 DIGEST = """
