@@ -102,7 +102,7 @@ def test_a_layer_that_just_reaches_the_target_is_good(seed: int) -> None:
     assert MovementAwarePolicy(0.8).plan(load, current, Topology(current.num_ranks)) == current
 
 
-@pytest.mark.parametrize(("seed", "target"), [(80, 0.98), (266, 0.95), (385, 0.98)])
+@pytest.mark.parametrize(("seed", "target"), [(80, 0.98), (172, 0.98), (385, 0.98)])
 def test_a_search_that_ends_above_the_limit_is_made_again(seed: int, target: float) -> None:
     """Where no single change helps any more, a stricter limit takes another way, which arrives."""
     rng = np.random.default_rng(seed)
