@@ -18,9 +18,9 @@ from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.planner import InlinePlanner, Planner, ProcessPlanner
 from eplb_fsm.runtime.transport import GlooTransport, Transport
 
-_AUTO_COMMIT_BYTES = 8 * MIB
-"""A millisecond of a processor's time to copy, a few microseconds of a device's. With half of it the steps of an epoch
-take a half more time together, and the longest of them is no shorter by the clock:
+_AUTO_COMMIT_BYTES = 4 * MIB
+"""Half a millisecond of a processor's time to copy, a few microseconds of a device's. With twice as much the longest
+step takes up to a half more of a processor's time; with half of it all steps of an epoch together take a half more:
 ``python -m tests.benchmarks.serving``."""
 
 
