@@ -18,10 +18,10 @@ from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.planner import InlinePlanner, Planner, ProcessPlanner
 from eplb_fsm.runtime.transport import GlooTransport, Transport
 
-_AUTO_COMMIT_BYTES = 4 * MIB
-"""Half a millisecond of a processor's time to copy, a few microseconds of a device's. With twice as much the longest
-step takes up to a half more of a processor's time; with half of it all steps of an epoch together take a half more:
-``python -m tests.benchmarks.serving``."""
+_AUTO_COMMIT_BYTES = 8 * MIB
+"""A millisecond of a processor's time to copy, a few microseconds of a device's. Half of it makes the longest step a
+third shorter where each rank has a processor (``python -m tests.benchmarks.serving``), and epochs that move much a half
+longer, more than three times as long as in sync mode (``python -m tests.benchmarks.pause``)."""
 
 
 def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) -> PlanTask:
