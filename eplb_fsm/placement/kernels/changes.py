@@ -188,10 +188,7 @@ def _gather(passes: BoolArray, words: npt.NDArray[np.uint64], hits: Int64Array, 
 
 @compiled
 def _best_overwrite(layer: Layer, sieve: Sieve, heaviest: int, limit: float, best: Change) -> Change:
-    """Find the best overwrite of a slot of the heaviest rank, or by an expert that it has, if better than the best.
-
-    Each expert of the rank takes its turn with all spare slots, then each spare slot of the rank with all experts.
-    """
+    """Find the best overwrite of a slot of the heaviest rank, or by an expert that it has, if better than the best."""
     num_spare = _list_spare(layer, sieve, limit)
     expert_at, rank_of, load_of, prospect = layer.expert_at, layer.rank_of, layer.load_of, layer.prospect
     marks_of, num_on, replicas, slots_of = layer.marks_of, layer.num_on, layer.replicas, layer.slots_of
@@ -204,7 +201,7 @@ def _best_overwrite(layer: Layer, sieve: Sieve, heaviest: int, limit: float, bes
     first = heaviest * num_local
     here = int(np.searchsorted(spare[:num_spare], first))
     num_here = int(np.searchsorted(spare[:num_spare], first + num_local)) - here
-    for turn in range(num_local + num_here):
+    for turn in range(num_local + num_here):  # each expert with all spare slots, then each spare slot with all experts
         index, expert = here, expert_at[first]
         if turn < num_local:
             expert = expert_at[first + turn]
@@ -262,8 +259,7 @@ def _best_overwrite(layer: Layer, sieve: Sieve, heaviest: int, limit: float, bes
                 old = expert_at[slot]
                 slots, rises = slots_of[expert, : replicas[expert]], prospect[RISES, old]
                 more, evener = _where_both(rank_of, load_of, num_on, slots, old, expert, rises, sinks[expert], limit)
-                gain += more
-                evenness += evener
+                gain, evenness = gain + more, evenness + evener
             cost = (price[index] if turn < num_local else price_here[expert]) - paid[index]
             score = gain / max(cost, _FREE)
             if gain > limit * ROUNDING and _is_better(score, evenness, best.score, best.evenness):
