@@ -202,7 +202,7 @@ def _best_overwrite(layer: Layer, sieve: Sieve, heaviest: int, limit: float, bes
     here = int(np.searchsorted(spare[:num_spare], first))
     num_here = int(np.searchsorted(spare[:num_spare], first + num_local)) - here
     for turn in range(num_local + num_here):  # each expert with all spare slots, then each spare slot with all experts
-        index, expert = here, expert_at[first]
+        index, expert, bar = here, expert_at[first], best.score
         if turn < num_local:
             expert = expert_at[first + turn]
             if expert < 0:
@@ -211,6 +211,8 @@ def _best_overwrite(layer: Layer, sieve: Sieve, heaviest: int, limit: float, bes
                 price[index] = price_there[turn, rank_at[index]]
             _sift_slots(
                 passes,
+                prospect,
+                marks_of,
                 load,
                 excess,
                 leaves,
@@ -218,32 +220,16 @@ def _best_overwrite(layer: Layer, sieve: Sieve, heaviest: int, limit: float, bes
                 paid,
                 price,
                 marks,
+                expert,
                 num_spare,
-                share[expert],
-                sinks[expert],
-                sink_gain[expert],
-                marks_of[expert],
                 limit,
-                best.score,
+                bar,
             )
             num_hits = _gather(passes, words, hits, num_spare)
         else:
             index = here + turn - num_local
             _sift_experts(
-                passes,
-                share,
-                sinks,
-                sink_gain,
-                price_here,
-                marks_of,
-                load[index],
-                excess[index],
-                leaves[index],
-                lost[index],
-                paid[index],
-                marks[index],
-                limit,
-                best.score,
+                passes, prospect, marks_of, load, excess, leaves, lost, paid, price_here, marks, index, limit, bar
             )
             num_hits = _gather(passes, words, hits, len(marks_of))
         for hit in range(num_hits):
@@ -319,6 +305,8 @@ def _list_spare(layer: Layer, sieve: Sieve, limit: float) -> int:
 @compiled
 def _sift_slots(
     passes: BoolArray,
+    prospect: Float64Array,
+    marks_of: Int64Array,
     load: Float64Array,
     excess: Float64Array,
     leaves: Float64Array,
@@ -326,48 +314,47 @@ def _sift_slots(
     paid: Float64Array,
     price: Float64Array,
     marks: Int64Array,
+    expert: int,
     count: int,
-    share: float,
-    sinks: float,
-    gain: float,
-    own_marks: int,
     limit: float,
-    best_score: float,
+    bar: float,
 ) -> None:
-    """Tell which of the spare slots an expert of the heaviest rank may go to."""
-    least = limit * ROUNDING
+    """Tell which of the spare slots an expert of the heaviest rank may go to, if the best score so far is `bar`."""
+    share, sinks, gain = prospect[SHARE, expert], prospect[SINKS, expert], prospect[SINK_GAIN, expert]
+    own_marks, least = marks_of[expert], limit * ROUNDING
     for index in range(count):
         after = load[index] + share - sinks - leaves[index]
         most = gain + excess[index] - max(after - limit, 0.0)
         bound = most if marks[index] & own_marks != 0 else most - lost[index]
-        needed = best_score * max(price[index] - paid[index], _FREE) * (1.0 - ROUNDING)
+        needed = bar * max(price[index] - paid[index], _FREE) * (1.0 - ROUNDING)
         passes[index] = (most > least) & (bound >= needed) & (price[index] < UNPAYABLE)
 
 
 @compiled
 def _sift_experts(
     passes: BoolArray,
-    share: Float64Array,
-    sinks: Float64Array,
-    gain: Float64Array,
-    price: Float64Array,
+    prospect: Float64Array,
     marks_of: Int64Array,
-    load: float,
-    excess: float,
-    leaves: float,
-    lost: float,
-    paid: float,
-    marks: int,
+    loads: Float64Array,
+    excesses: Float64Array,
+    all_leave: Float64Array,
+    all_lost: Float64Array,
+    all_paid: Float64Array,
+    price: Float64Array,
+    all_marks: Int64Array,
+    index: int,
     limit: float,
-    best_score: float,
+    bar: float,
 ) -> None:
-    """Tell which experts may go to a spare slot of the heaviest rank."""
-    least = limit * ROUNDING
+    """Tell which experts may go to a spare slot of the heaviest rank, if the best score so far is `bar`."""
+    share, sinks, gain = prospect[SHARE], prospect[SINKS], prospect[SINK_GAIN]
+    load, excess, leaves, lost = loads[index], excesses[index], all_leave[index], all_lost[index]
+    paid, marks, least = all_paid[index], all_marks[index], limit * ROUNDING
     for expert in range(len(share)):
         after = load + share[expert] - sinks[expert] - leaves
         most = gain[expert] + excess - max(after - limit, 0.0)
         bound = most if marks & marks_of[expert] != 0 else most - lost
-        needed = best_score * max(price[expert] - paid, _FREE) * (1.0 - ROUNDING)
+        needed = bar * max(price[expert] - paid, _FREE) * (1.0 - ROUNDING)
         passes[expert] = (most > least) & (bound >= needed) & (price[expert] < UNPAYABLE)
 
 
