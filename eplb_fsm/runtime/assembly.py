@@ -20,8 +20,8 @@ from eplb_fsm.runtime.transport import GlooTransport, Transport
 
 _AUTO_COMMIT_BYTES = 8 * MIB
 """A millisecond of a processor's time to copy, a few microseconds of a device's. Half of it makes the longest step a
-third shorter where each rank has a processor (``python -m tests.benchmarks.serving``), and epochs that move much a half
-longer, more than three times as long as in sync mode (``python -m tests.benchmarks.pause``)."""
+seventh shorter at 2 ranks on 2 cores (``python -m tests.benchmarks.serving``), and an epoch that moves much takes more
+than three times as long as in sync mode instead of twice (``python -m tests.benchmarks.pause``)."""
 
 
 def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) -> PlanTask:
