@@ -13,6 +13,7 @@ Backoff == Setup.backoff                 \* steps before the next try after an a
 Deadline == Setup.deadline               \* function from the active states to steps
 DrainDeadline == Setup.drain_deadline    \* steps until an abort that does not drain becomes a stop
 NumChunks == Setup.num_chunks            \* chunks of a plan
+NumBuffers == Setup.num_buffers          \* chunks that may be staged at a time, so the most that one round commits
 
 NoVote == [round |-> 0]
 NoPlan == "none"
@@ -30,15 +31,20 @@ NoOutcome == [epoch |-> 0, kind |-> "none", reason |-> "none", commits |-> 0]
 
 InitialCore(live) ==
     [state |-> "IDLE", step |-> 0, epoch |-> 0, round |-> 0, posted |-> NoVote, read_due |-> Never,
-     post_due |-> IdleInterval, plan |-> NoPlan, chunk |-> 0, staged |-> 0, abort |-> 0, stop |-> 0,
+     post_due |-> IdleInterval, lag |-> Lag, plan |-> NoPlan, chunk |-> 0, staged |-> 0, decided |-> 0,
+     commit_due |-> Never, leaving |-> FALSE, abort |-> 0, stop |-> 0,
      request |-> FALSE, freeze |-> FALSE, frozen |-> FALSE, drained |-> TRUE, earliest |-> 0, entered |-> 0, epoch_start |-> 0,
      live |-> live, outcome |-> NoOutcome]
 
 Active(c) == c.state \in ActiveStates
 HasPosted(c) == c.posted # NoVote
 InWindow(c) == HasPosted(c) /\ PromisesCommit(c.posted)
-ReadIsDue(c) == HasPosted(c) /\ c.step >= c.read_due
-PostIsDue(c) == ~HasPosted(c) /\ c.step >= c.post_due
+(* Within a step commits come first, then a round is read, then one is posted. *)
+CommitIsDue(c) == c.decided > 0 /\ c.step >= c.commit_due
+ReadIsDue(c) == HasPosted(c) /\ c.step >= c.read_due /\ ~CommitIsDue(c)
+PostIsDue(c) == ~HasPosted(c) /\ c.step >= c.post_due /\ ~CommitIsDue(c)
+(* The first chunk that no round has decided to commit. *)
+NextChunk(c) == c.chunk + c.decided
 
 Enter(c, state) == [c EXCEPT !.state = state, !.entered = c.step]
 SetAbort(c, reason) == [c EXCEPT !.abort = IF @ = 0 THEN Abort[reason] ELSE @]
@@ -66,7 +72,7 @@ transport_lost(c) == [c EXCEPT !.stop = Stop.TRANSPORT]
 
 Progress(c) ==
     CASE ~Active(c) -> IdleVote
-      [] c.state = "TRANSFERRING" -> IF c.staged > c.chunk THEN StagedVote ELSE StagingVote
+      [] c.state = "TRANSFERRING" -> IF c.staged > NextChunk(c) THEN StagedVote ELSE StagingVote
       [] c.state = "AWAITING_CONSENSUS" -> IF IsSkip(c.plan) THEN SkipVote ELSE ReadyVote
       [] OTHER -> BusyVote
 
@@ -74,7 +80,7 @@ VotedPlan(c) == c.plan
 
 MakeVote(c, pass) ==
     [generation |-> 0, round |-> c.round, step |-> c.step, pass |-> pass, epoch |-> c.epoch, live |-> c.live,
-     progress |-> Progress(c), chunk |-> c.chunk,
+     progress |-> Progress(c), chunk |-> NextChunk(c), staged |-> c.staged,
      num_chunks |-> IF c.plan = NoPlan \/ IsSkip(c.plan) THEN 0 ELSE ChunksOf(c.plan),
      plan |-> VotedPlan(c), abort |-> c.abort, stop |-> c.stop, request |-> c.request, drained |-> c.drained,
      freeze |-> c.freeze, earliest |-> c.earliest]
@@ -89,16 +95,16 @@ VoteOnDeadlines(c) ==
 post_vote(c, pass, drained) ==
     LET due == VoteOnDeadlines([c EXCEPT !.drained = drained])
         counted == [due EXCEPT !.round = @ + 1]
-    IN [counted EXCEPT !.posted = MakeVote(counted, pass), !.read_due = c.step + Lag]
+    IN [counted EXCEPT !.posted = MakeVote(counted, pass), !.read_due = c.step + c.lag]
 
 (* -- what a decision does ------------------------------------------------------------------------------------ *)
 
 EndEpoch(c, state, kind, reason) ==
     Enter([c EXCEPT !.outcome = [epoch |-> c.epoch, kind |-> kind, reason |-> reason, commits |-> c.chunk],
-                    !.plan = NoPlan, !.chunk = 0, !.staged = 0, !.abort = 0], state)
+                    !.plan = NoPlan, !.chunk = 0, !.staged = 0, !.decided = 0, !.commit_due = Never, !.abort = 0], state)
 
 StopRebalancing(c, reason) ==
-    LET quiet == [c EXCEPT !.post_due = Never, !.read_due = Never, !.posted = NoVote]
+    LET quiet == [c EXCEPT !.post_due = Never, !.read_due = Never, !.posted = NoVote, !.leaving = FALSE]
     IN IF Active(c) THEN EndEpoch(quiet, "STOPPED", "FAILED", reason) ELSE Enter(quiet, "STOPPED")
 
 StartEpoch(c) ==
@@ -109,9 +115,8 @@ BeginTransfer(c) == Enter(c, "TRANSFERRING")
 SkipEpoch(c) == EndEpoch(c, "IDLE", "SKIPPED", "none")
 FinishEpoch(c) == EndEpoch(c, "IDLE", "COMMITTED", "none")
 
-CommitChunk(c) ==
-    LET next == [c EXCEPT !.chunk = @ + 1, !.live = Successor(@, c.plan, c.chunk)]
-    IN IF next.chunk = ChunksOf(c.plan) THEN FinishEpoch(next) ELSE next
+(* The first of them is made at the step at which this was read. *)
+DecideCommits(c, chunks) == [c EXCEPT !.decided = chunks, !.commit_due = c.read_due]
 
 AbortEpoch(c, reason) ==
     EndEpoch([c EXCEPT !.earliest = c.step + Backoff, !.request = TRUE], "IDLE", "ABORTED", reason)
@@ -122,19 +127,34 @@ Apply(c, decision) ==
          [] decision.kind = "START" -> StartEpoch(idle)
          [] decision.kind = "SKIP" -> SkipEpoch(c)
          [] decision.kind = "BEGIN" -> BeginTransfer(c)
-         [] decision.kind = "COMMIT" -> CommitChunk(c)
+         [] decision.kind = "COMMIT" -> DecideCommits(c, decision.chunks)
          [] decision.kind = "ABORT" -> AbortEpoch(c, decision.reason)
          [] OTHER -> idle
 
-(* While active the next round follows at once, while idle at the next multiple of the interval. *)
-ScheduleNext(c, posted_step) ==
-    LET last == IF posted_step > c.step - 1 THEN posted_step ELSE c.step - 1
-    IN CASE c.state = "STOPPED" -> c
+(* A round that is posted now has something to decide, and all that was decided before is live when it is read. *)
+MayPostNext(c) ==
+    /\ c.state # "STOPPED" /\ ~c.leaving
+    /\ c.decided > 0 => NextChunk(c) < ChunksOf(c.plan) /\ ~CommitIsDue(c) /\ c.decided < c.lag
+
+(* While active the next round follows as soon as it may, while idle at the next multiple of the interval. *)
+ScheduleNext(c) ==
+    LET last == IF c.lag = 0 THEN c.step ELSE c.step - 1
+    IN CASE ~MayPostNext(c) -> [c EXCEPT !.post_due = Never]
          [] Active(c) -> [c EXCEPT !.post_due = c.step]
          [] OTHER -> [c EXCEPT !.post_due = ((last \div IdleInterval) + 1) * IdleInterval]
 
 read_round(c, decision) ==
-    ScheduleNext(Apply([c EXCEPT !.posted = NoVote, !.read_due = Never], decision), c.posted.step)
+    ScheduleNext([Apply([c EXCEPT !.posted = NoVote], decision) EXCEPT !.read_due = Never])
+
+(* One forward pass lies between two commits; in the synchronous mode there is none that could. *)
+StepsBetweenCommits(c) == IF c.lag = 0 THEN 0 ELSE 1
+
+commit_chunk(c) ==
+    LET due == IF c.decided = 1 THEN Never ELSE c.step + StepsBetweenCommits(c)
+        next == [c EXCEPT !.chunk = @ + 1, !.decided = @ - 1, !.commit_due = due,
+                          !.live = Successor(@, c.plan, c.chunk)]
+        ended == IF next.chunk = ChunksOf(c.plan) THEN FinishEpoch(next) ELSE next
+    IN IF HasPosted(c) THEN ended ELSE ScheduleNext(ended)
 
 (* -- leaving alone ------------------------------------------------------------------------------------------ *)
 
@@ -143,32 +163,30 @@ Leaving(c, reason) == [c EXCEPT !.stop = Stop[reason], !.round = @ + 1]
 last_vote(c, reason) == MakeVote(Leaving(c, reason), 0)
 after_last_vote(c, reason) == StopRebalancing(Leaving(c, reason), reason)
 
-(* A commit that was decided and could not be made: what commit_failed takes back before its last vote. *)
-without_commit(c, live) ==
-    LET undone == [c EXCEPT !.live = live]
-    IN IF Active(c) THEN [undone EXCEPT !.chunk = @ - 1]
-       ELSE [undone EXCEPT !.outcome = [@ EXCEPT !.kind = "FAILED", !.reason = "COMMIT_FAILED", !.commits = @ - 1]]
-
-resolve_round(c, committed, reason) ==
-    LET known == [c EXCEPT !.posted = NoVote, !.read_due = Never, !.stop = Stop[reason]]
-    IN IF committed THEN CommitChunk(known) ELSE AbortEpoch(known, "UNRESOLVED_VOTE")
+(* What the round committed, 0 for nothing. Once that is live, a last vote follows. *)
+resolve_round(c, chunks, reason) ==
+    LET known == [c EXCEPT !.posted = NoVote, !.leaving = TRUE, !.stop = Stop[reason]]
+        applied == IF chunks > 0 THEN DecideCommits(known, chunks) ELSE AbortEpoch(known, "UNRESOLVED_VOTE")
+    IN ScheduleNext([applied EXCEPT !.read_due = Never])
 
 (* -- resolving a lost decision: core/resolution.py -------------------------------------------------------------- *)
 
-(* posted and staged: its last vote; read and read_commit: the last decision it read; gave_up: the round whose
-   decision it will never read; stopped_from: from this round on it votes nothing but STOP. *)
-EmptyJournal == [posted |-> 0, staged |-> FALSE, read |-> 0, read_commit |-> FALSE, gave_up |-> 0,
+(* posted and staged: its last vote; read and read_commits: the last decision it read, and the chunks that it
+   committed; gave_up: the round whose decision it will never read; stopped_from: from this round on it votes nothing
+   but STOP. *)
+EmptyJournal == [posted |-> 0, staged |-> FALSE, read |-> 0, read_commits |-> 0, gave_up |-> 0,
                  stopped_from |-> Never]
 
 DidNotVoteStaged(journal, round) ==
     journal.stopped_from <= round \/ (journal.posted = round /\ ~journal.staged)
 
-(* "COMMIT", "ABORT", or "open" while a rank that may have read the decision has said nothing. *)
+(* The chunks that the round committed, 0 for ABORT, or Open while a rank that may have read it has said nothing. *)
+Open == -1
 resolve(journals, round) ==
     IF \E j \in journals : j.read = round
-    THEN IF \E j \in journals : j.read = round /\ j.read_commit THEN "COMMIT" ELSE "ABORT"
-    ELSE IF (\E j \in journals : DidNotVoteStaged(j, round)) \/ (\A j \in journals : j.gave_up = round) THEN "ABORT"
-    ELSE "open"
+    THEN Largest({j.read_commits : j \in {one \in journals : one.read = round}})
+    ELSE IF (\E j \in journals : DidNotVoteStaged(j, round)) \/ (\A j \in journals : j.gave_up = round) THEN 0
+    ELSE Open
 
 (* -- what must hold of the cores of all ranks -------------------------------------------------------------------- *)
 
@@ -184,15 +202,16 @@ NoTransferWithoutConsensusIn(cores, serving) ==
             \/ cores[other].epoch = cores[r].epoch /\ cores[other].plan = cores[r].plan
             \/ cores[other].outcome.epoch >= cores[r].epoch
 
-(* A promise is one of a chunk that is staged, and the next to be committed. *)
+(* A promise is one of chunks that are staged, the next to be committed; and so is what a round has decided. *)
 CommitCannotFailIn(c) ==
-    InWindow(c) => c.state = "TRANSFERRING" /\ c.staged > c.chunk /\ c.chunk = c.posted.chunk
+    /\ InWindow(c) => c.state = "TRANSFERRING" /\ c.staged >= c.posted.staged /\ NextChunk(c) = c.posted.chunk
+    /\ c.decided > 0 => c.state = "TRANSFERRING" /\ NextChunk(c) <= c.staged
 
 OutcomeRecordedIn(c) == c.epoch > 0 /\ ~Active(c) => c.outcome.epoch = c.epoch
 
 (* core/deadlines.py derives it. *)
 EpochBound(plan, lag) ==
     DeadlineIn("COLLECTING", plan) + DeadlineIn("COMPUTING", plan) + DeadlineIn("AWAITING_CONSENSUS", plan)
-    + DeadlineIn("TRANSFERRING", plan) + 6 * lag
-EpochBoundedIn(c, lag) == Active(c) => c.step - c.epoch_start <= EpochBound(c.plan, lag)
+    + DeadlineIn("TRANSFERRING", plan) + 6 * lag + NumBuffers - 1
+EpochBoundedIn(c) == Active(c) => c.step - c.epoch_start <= EpochBound(c.plan, c.lag)
 =============================================================================

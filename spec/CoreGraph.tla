@@ -23,9 +23,8 @@ Calls(action, r, argument) == call' = [action |-> action, rank |-> r, argument |
 Becomes(r, c) == core' = [core EXCEPT ![r] = c]
 Casts(r, vote) == cast' = [cast EXCEPT ![r] = <<vote, @[1], @[2]>>]
 
-(* A rank whose lost decision was resolved does nothing but give up. *)
-IsLeaving(c) == c.stop = Stop.TIMEOUT
-Runs(r) == core[r].state # "STOPPED" /\ ~IsLeaving(core[r])
+(* A rank whose lost decision was resolved makes live what that committed, and gives up. *)
+Runs(r) == core[r].state # "STOPPED" /\ ~core[r].leaving
 
 VotesOf(r) == {cast[r][1], cast[r][2], cast[r][3]}
 HasVoted(r, round) == \E vote \in VotesOf(r) : vote.round = round
@@ -37,8 +36,8 @@ DecisionFor(r) == Decide(Tally(core[r].posted.round))
 
 (* In lockstep nobody is a forward pass behind, but who has left. *)
 Step(r, steps) ==
-    /\ Runs(r)
-    /\ ~ReadIsDue(core[r]) /\ ~PostIsDue(core[r])
+    /\ Runs(r) \/ core[r].decided > 0
+    /\ ~CommitIsDue(core[r]) /\ ~ReadIsDue(core[r]) /\ ~PostIsDue(core[r])
     /\ \A other \in Ranks : core[other].state = "STOPPED" \/ core[other].step >= core[r].step
     /\ core[r].step + steps <= Setup.max_steps
     /\ Becomes(r, [core[r] EXCEPT !.step = @ + steps])
@@ -59,9 +58,15 @@ ReadRound(r) ==
     /\ Calls("ReadRound", r, DecisionFor(r))
     /\ UNCHANGED cast
 
-(* What the worker reports is taken after a round was read and before the next one is posted. *)
+CommitChunk(r) ==
+    /\ CommitIsDue(core[r])
+    /\ Becomes(r, commit_chunk(core[r]))
+    /\ Calls("CommitChunk", r, "none")
+    /\ UNCHANGED cast
+
+(* What the worker reports is taken after commits were made and a round was read, and before the next one is posted. *)
 Takes(r, action, argument, c) ==
-    /\ ~HasPosted(core[r])
+    /\ ~HasPosted(core[r]) /\ ~CommitIsDue(core[r])
     /\ Becomes(r, c)
     /\ Calls(action, r, argument)
     /\ UNCHANGED cast
@@ -94,7 +99,7 @@ LateResult(r, action) ==
                    [] action = "PlanReady" -> plan_ready(c, late, "b")
                    [] action = "ChunkStaged" -> chunk_staged(c, late, 0)
                    [] action = "WorkFailed" -> work_failed(c, late, "WORKER_ERROR")
-    IN /\ ~IsLeaving(c)
+    IN /\ ~c.leaving
        /\ late > 0
        /\ Takes(r, "LateResult", action, after)
 TransportLost(r) == Runs(r) /\ Takes(r, "TransportLost", "none", transport_lost(core[r]))
@@ -117,21 +122,22 @@ Leaves(r, c, action, reason) ==
 GiveUp(r, reason) ==
     /\ core[r].state # "STOPPED"
     /\ \/ Runs(r) /\ ReadIsDue(core[r]) /\ ~InWindow(core[r])
-       \/ IsLeaving(core[r]) /\ reason = "TIMEOUT"
+       \/ core[r].leaving /\ core[r].decided = 0 /\ reason = "TIMEOUT"
     /\ Leaves(r, core[r], "GiveUp", reason)
 Close(r) ==
     \/ Runs(r) /\ Leaves(r, core[r], "Close", "CLOSED")
     \/ core[r].state = "STOPPED" /\ Calls("Close", r, "CLOSED") /\ UNCHANGED <<core, cast>>
-ResolveRound(r, committed) ==
+(* Nothing, or some of the chunks that it has promised. *)
+ResolveRound(r) ==
     /\ Runs(r)
     /\ ReadIsDue(core[r]) /\ InWindow(core[r])
-    /\ Becomes(r, resolve_round(core[r], committed, "TIMEOUT"))
-    /\ Calls("ResolveRound", r, committed)
+    /\ \E chunks \in 0 .. core[r].posted.staged - core[r].posted.chunk :
+          /\ Becomes(r, resolve_round(core[r], chunks, "TIMEOUT"))
+          /\ Calls("ResolveRound", r, chunks)
     /\ UNCHANGED cast
 CommitFailed(r) ==
-    /\ MayRead(r)
-    /\ DecisionFor(r).kind = "COMMIT"
-    /\ Leaves(r, without_commit(read_round(core[r], DecisionFor(r)), core[r].live), "CommitFailed", "COMMIT_FAILED")
+    /\ CommitIsDue(core[r])
+    /\ Leaves(r, core[r], "CommitFailed", "COMMIT_FAILED")
 
 (* -- what the invariants of a sound engine exclude, and votes must find --------------------------------------------- *)
 
@@ -149,6 +155,7 @@ RankNext(r) ==
     IN \/ Step(r, 1)
        \/ PostVote(r, 0, TRUE)
        \/ ReadRound(r)
+       \/ CommitChunk(r)
        \/ LoadCollected(r)
        \/ \E plan \in Setup.plans[r] : PlanReady(r, plan)
        \/ ChunkStaged(r)
@@ -166,7 +173,7 @@ RankNext(r) ==
        \/ May("RequestAbort") /\ Asks(r, "RequestAbort", request_abort(core[r]))
        \/ May("RequestStop") /\ Asks(r, "RequestStop", request_stop(core[r]))
        \/ May("GiveUp") /\ \E reason \in {"TIMEOUT", "TRANSPORT"} : GiveUp(r, reason)
-       \/ May("GiveUp") /\ \E committed \in BOOLEAN : ResolveRound(r, committed)
+       \/ May("GiveUp") /\ ResolveRound(r)
        \/ May("Close") /\ Close(r)
        \/ May("CommitFailed") /\ CommitFailed(r)
 
@@ -205,6 +212,9 @@ Frozen == [OneChunk EXCEPT !.allowed = Each({"RequestFreeze", "RequestUnfreeze"}
 Aborted == [OneChunk EXCEPT !.allowed = Each({"RequestAbort"}, {})]
 Ended == [OneChunk EXCEPT !.allowed = Each({"RequestStop"}, {"TransportLost"})]
 Lost == [OneChunk EXCEPT !.allowed = Both({"GiveUp"}), !.max_steps = 6]
+Several == [Plain EXCEPT !.allowed = Each({"GiveUp"}, {})]
+(* A round is posted while commits of the one before are left. *)
+Overlap == [Lag2 EXCEPT !.num_chunks = 3]
 Closed == [OneChunk EXCEPT !.allowed = Both({"Close"}), !.max_steps = 6]
 Broken == [Plain EXCEPT !.allowed = Both({"CommitFailed"}), !.max_steps = 6]
 Unequal == [OneChunk EXCEPT !.allowed = Each({"OtherPlacement"}, {"OtherPass", "SkipStep"})]

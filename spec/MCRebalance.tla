@@ -20,7 +20,7 @@ NewlyUsed ==
         r \in {rank \in Ranks : device'[rank].passes > device[rank].passes}}
 NewCommits ==
     {[epoch |-> core[r].epoch, chunk |-> core[r].chunk, step |-> core[r].step, plan |-> core[r].plan,
-      round |-> core[r].posted.round, pass |-> pass[r]] :
+      round |-> journal[r].read, pass |-> pass[r]] :
         r \in {rank \in Ranks : enqueued'[rank] > enqueued[rank]}}
 NewAborts ==
     {[epoch |-> core[r].epoch, round |-> core[r].round] :
@@ -102,7 +102,7 @@ StoppedHarmless ==
           core'[r].state = "STOPPED" /\ core'[r].live = core[r].live /\ enqueued'[r] = enqueued[r]]_<<vars, history>>
 
 OutcomeRecorded == \A r \in Ranks : OutcomeRecordedIn(core[r])
-EpochBounded == \A r \in Ranks : EpochBoundedIn(core[r], Lag)
+EpochBounded == \A r \in Ranks : EpochBoundedIn(core[r])
 
 (* Who stops has voted in every round that the others have posted by then, so nobody waits for it. *)
 NoSilentStop ==
@@ -123,7 +123,7 @@ SamePlanIsImplied == (\A r \in Ranks : IsUp(r)) /\ NoTransferWithoutConsensus =>
 (* A rank goes on decoding, votes that are cast are delivered, and whoever waits in vain gives up. A worker need not do
    anything, ever. *)
 StepOf(r) ==
-    \/ Forward(r) \/ PostVote(r) \/ ReadRound(r)
+    \/ Forward(r) \/ PostVote(r) \/ ReadRound(r) \/ CommitChunk(r)
     \/ GiveUp(r, "TIMEOUT") \/ GiveUpReading(r) \/ ResolveRound(r, "TIMEOUT") \/ FailStop(r)
 (* Time ends below, so a rank makes finitely many steps, and weak fairness of them says no more than that again and
    again there is none to make. In this form TLC looks at states only, which is faster. *)
@@ -201,7 +201,11 @@ NeverFrozenState == \A r \in Ranks : ~core[r].frozen
 NeverFailStop == \A r \in Ranks : up[r] # "failed"
 (* An abort whose transfers do not end becomes a stop. *)
 NeverDrained == ~\E r \in Ranks : core[r].state = "STOPPED" /\ core[r].stop = Stop.TRANSPORT
-NeverResolvedCommit == \A r \in Ranks : ~(window[r] = "resolved" /\ journal[r].read_commit)
+(* A chunk is live and another one decided: on any rank, on one that has resolved its round, and with a promise out. *)
+NeverSeveral == \A r \in Ranks : ~(core[r].decided > 0 /\ ~CommitIsDue(core[r]))
+NeverResolvedSeveral == \A r \in Ranks : ~(core[r].decided > 0 /\ ~CommitIsDue(core[r]) /\ window[r] = "resolved")
+NeverOverlap == \A r \in Ranks : ~(core[r].decided > 0 /\ ~CommitIsDue(core[r]) /\ InWindow(core[r]))
+NeverResolvedCommit == \A r \in Ranks : ~(window[r] = "resolved" /\ journal[r].read_commits > 0)
 
 (* -- setups of the checks ------------------------------------------------------------------------------------------ *)
 
@@ -232,6 +236,10 @@ LateFree == [Late EXCEPT !.is_lockstep = FALSE]
 Crashing == [One EXCEPT !.faults = [NoFaults EXCEPT !["timeout"] = 1, !["crash"] = 1]]
 CrashingFree == [Crashing EXCEPT !.is_lockstep = FALSE]
 Breaking == [One EXCEPT !.faults = [NoFaults EXCEPT !["transport"] = 1, !["commit"] = 1]]
+LateSeveral == [Plain EXCEPT !.faults = [NoFaults EXCEPT !["timeout"] = 2], !.idle_interval = 1, !.max_steps = 8]
+BreakingSeveral == [Plain EXCEPT !.faults = [NoFaults EXCEPT !["commit"] = 1], !.idle_interval = 1, !.max_steps = 8]
+(* A vote is out while commits of the round before are left. *)
+Overlap == [Plain EXCEPT !.lag = 2, !.num_chunks = 3, !.num_buffers = 3, !.idle_interval = 1, !.max_steps = 12]
 ClosingFree == [One EXCEPT !.is_lockstep = FALSE, !.faults = [NoFaults EXCEPT !["close"] = 1, !["timeout"] = 1]]
 Freezing == [One EXCEPT !.faults = [NoFaults EXCEPT !["freeze"] = 1, !["unfreeze"] = 1], !.max_steps = 11, !.max_epochs = 2]
 Asked == [One EXCEPT !.faults = [NoFaults EXCEPT !["abort"] = 1, !["stop"] = 1]]

@@ -4,7 +4,7 @@
 EXTENDS MCRebalance
 
 (* A round that is late is not waited for. *)
-PassWithoutResult(r) == ~PostIsDue(core[r]) /\ window[r] = "no"
+PassWithoutResult(r) == ~CommitIsDue(core[r]) /\ ~PostIsDue(core[r]) /\ window[r] = "no"
 
 (* The vote carries no digest of the plan. *)
 NoDigest(c) == NoPlan
@@ -15,7 +15,7 @@ BeginOnProgress(tally) ==
 
 (* COMMIT looks at progress alone, and comes before ABORT. *)
 CommitOnProgress(tally) ==
-    IF Smallest(Progresses(tally)) = StagedVote THEN Decision("COMMIT", "none")
+    IF Smallest(Progresses(tally)) = StagedVote THEN DecideCommit(tally)
     ELSE IF \E vote \in tally : vote.abort > 0
     THEN Decision("ABORT", AbortName(Largest({vote.abort : vote \in tally})))
     ELSE IF Largest(Progresses(tally)) = IdleVote THEN DecideIdle(tally)
@@ -43,6 +43,15 @@ IgnoreCommitEvent(r) == TRUE
 SourceInFirstPlacement(plan, chunk, slot) ==
     LET source == Partner(plan, chunk, slot)
     IN IF chunk > 0 /\ source \in Touched(plan, 0) THEN Partner(plan, 0, source) ELSE source
+
+(* A rank makes live all that it has staged itself, whatever the others have. *)
+CommitOwnStaged(c, chunks) == [c EXCEPT !.decided = c.staged - c.chunk, !.commit_due = c.read_due]
+
+(* A rank that has resolved a round makes all of it live at once, and so leaves at once. *)
+CommitAtOnceLeaving(c) == IF c.lag = 0 \/ c.leaving THEN 0 ELSE 1
+
+(* A rank that has resolved a round leaves before all of it is live. *)
+LeaveEarly(r) == TRUE
 
 (* A rank in the window gives up and serves on. *)
 GiveUpAnywhere(r) == TRUE
@@ -94,8 +103,8 @@ Others == <<pass, up, cast, window, journal, board, worker, wire, buffers, budge
 CommitAlone(r) ==
     /\ Takes(r)
     /\ core[r].state = "TRANSFERRING"
-    /\ core[r].staged > core[r].chunk
-    /\ core' = [core EXCEPT ![r] = CommitChunk(@)]
+    /\ core[r].staged > NextChunk(core[r])
+    /\ core' = [core EXCEPT ![r] = commit_chunk([@ EXCEPT !.decided = 1])]
     /\ CarryOutCommit(r)
     /\ UNCHANGED Others
 
@@ -164,7 +173,7 @@ FreezeInWindow(r) ==
     /\ core[r].freeze
     /\ InWindow(core[r])
     /\ LET frozen == AbortEpoch([core[r] EXCEPT !.posted = NoVote, !.read_due = Never, !.frozen = TRUE], "FROZEN")
-       IN core' = [core EXCEPT ![r] = ScheduleNext(frozen, core[r].posted.step)]
+       IN core' = [core EXCEPT ![r] = ScheduleNext(frozen)]
     /\ UNCHANGED <<pass, up, cast, window, journal, board, jobs, worker, wire, buffers, begun, enqueued, queue,
                    device, budget>>
 

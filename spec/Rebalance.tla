@@ -9,7 +9,6 @@ EXTENDS Core, Sequences, TLC
 NumRanks == Setup.num_ranks
 IsLockstep == Setup.is_lockstep      \* a forward pass needs every rank in it
 HasPassIds == Setup.has_pass_ids     \* step() is told the number of the forward pass
-NumBuffers == Setup.num_buffers      \* chunks that may be staged at a time
 MaxAhead == Setup.max_ahead          \* forward passes that a host may be ahead of its device
 Asking == Setup.asking               \* ranks that want a rebalance from the start
 Plans == Setup.plans                 \* what a policy may return: of "a", "b", "skip"
@@ -124,7 +123,9 @@ PassesBehind(r) == pass[r] - device[r].passes
 
 (* -- forward passes, each followed by a step() ----------------------------------------------------------------- *)
 
-NothingDue(r) == ~ReadIsDue(core[r]) /\ ~PostIsDue(core[r]) /\ window[r] = "no"
+(* Whoever has resolved a round goes on only for what that committed. *)
+GoesOn(r) == window[r] = "no" \/ (window[r] = "resolved" /\ core[r].decided > 0)
+NothingDue(r) == ~CommitIsDue(core[r]) /\ ~ReadIsDue(core[r]) /\ ~PostIsDue(core[r]) /\ GoesOn(r)
 MayPass(r) ==
     /\ IsUp(r)
     /\ IsLockstep => \A other \in Ranks : pass[other] >= pass[r]
@@ -199,7 +200,8 @@ Leave(r, c, reason) ==
 
 (* What may come in the place of a vote: one of another membership, which fits but for its generation. The worst of
    those promises what this rank has not staged. *)
-OfOtherMembership(vote) == [vote EXCEPT !.generation = 1, !.progress = StagedVote, !.abort = 0, !.stop = 0, !.freeze = FALSE]
+OfOtherMembership(vote) ==
+    [vote EXCEPT !.generation = 1, !.progress = StagedVote, !.staged = NumChunks, !.abort = 0, !.stop = 0, !.freeze = FALSE]
 
 PassId(r) == IF HasPassIds THEN pass[r] ELSE 0
 IsDrained(r) == jobs[r] = <<>>
@@ -235,10 +237,18 @@ CommitOperation(r, c) ==
     [kind |-> "commit", buffer |-> c.chunk % NumBuffers, epoch |-> c.epoch, chunk |-> c.chunk,
      map |-> Successor(c.live, c.plan, c.chunk)]
 
+(* What a round has decided becomes live in order, one chunk a step. *)
 CarryOutCommit(r) ==
     /\ Enqueue(r, CommitOperation(r, core[r]))
     /\ enqueued' = [enqueued EXCEPT ![r] = @ + 1]
     /\ BeginStaging(r, core[r], begun[r], core[r].chunk, enqueued[r] + 1)
+
+CommitChunk(r) ==
+    /\ IsUp(r)
+    /\ CommitIsDue(core[r])
+    /\ CarryOutCommit(r)
+    /\ core' = [core EXCEPT ![r] = commit_chunk(@)]
+    /\ UNCHANGED <<pass, up, cast, window, journal, board, worker, wire, buffers, budget>>
 
 CarryOut(r, decision) ==
     CASE decision.kind = "START" ->
@@ -247,7 +257,6 @@ CarryOut(r, decision) ==
       [] decision.kind = "BEGIN" ->
            /\ BeginStaging(r, core[r], 0, -1, enqueued[r])
            /\ UNCHANGED <<enqueued, queue, device>>
-      [] decision.kind = "COMMIT" -> CarryOutCommit(r)
       [] OTHER -> UNCHANGED <<jobs, begun, enqueued, queue, device>>
 
 (* The result of a round reaches each rank at its own time: reading it may come any time after all have posted. *)
@@ -265,7 +274,7 @@ ReadRound(r) ==
     /\ LET decision == DecisionFor(r)
        IN /\ core' = [core EXCEPT ![r] = read_round(@, decision)]
           /\ journal' = [journal EXCEPT ![r].read = core[r].posted.round,
-                                        ![r].read_commit = (decision.kind = "COMMIT"),
+                                        ![r].read_commits = decision.chunks,
                                         ![r].stopped_from = IF decision.kind = "STOP" THEN core[r].posted.round + 1
                                                             ELSE @]
           /\ CarryOut(r, decision)
@@ -275,13 +284,10 @@ ReadRound(r) ==
 (* The commit that was promised raises: a last vote, and no further forward pass. *)
 CommitFailed(r) ==
     /\ IsUp(r)
-    /\ window[r] = "no"
-    /\ ReadIsDue(core[r])
-    /\ AllHaveVoted(core[r].posted.round)
+    /\ CommitIsDue(core[r])
     /\ May("commit")
-    /\ DecisionFor(r).kind = "COMMIT"
     /\ Spend("commit")
-    /\ Leave(r, [core[r] EXCEPT !.posted = NoVote], "COMMIT_FAILED")
+    /\ Leave(r, core[r], "COMMIT_FAILED")
     /\ up' = [up EXCEPT ![r] = "failed"]
     /\ UNCHANGED <<pass, window, board, jobs, worker, wire, buffers, begun, enqueued, queue, device>>
 
@@ -290,8 +296,10 @@ CommitFailed(r) ==
 (* With cause, when some rank has not posted; and without, when only the result is late. *)
 Missing(r) == ReadIsDue(core[r])
 
-(* Outside the window nothing can have been committed without this rank: it stops alone. *)
+(* Outside the window nothing can have been committed without this rank: it stops alone. After a resolution it stops
+   once all that is live which it has found to be committed. *)
 MayGiveUp(r) == ~InWindow(core[r])
+AllIsLive(r) == core[r].decided = 0
 
 GiveUp(r, reason) ==
     /\ IsUp(r)
@@ -301,6 +309,7 @@ GiveUp(r, reason) ==
           /\ May("timeout")
           /\ Spend("timeout")
        \/ /\ window[r] = "resolved"
+          /\ AllIsLive(r)
           /\ UNCHANGED budget
     /\ Leave(r, core[r], reason)
     /\ window' = [window EXCEPT ![r] = "no"]
@@ -332,20 +341,19 @@ Verdict(r) == resolve({board[other] : other \in Ranks \ {r}} \cup {journal[r]}, 
 ResolveRound(r, reason) ==
     /\ IsUp(r)
     /\ window[r] = "resolving"
-    /\ Verdict(r) # "open"
+    /\ Verdict(r) # Open
     /\ window' = [window EXCEPT ![r] = "resolved"]
     /\ board' = [board EXCEPT ![r] = journal[r]]
-    /\ core' = [core EXCEPT ![r] = resolve_round(@, Verdict(r) = "COMMIT", reason)]
-    /\ journal' = [journal EXCEPT ![r].read = core[r].posted.round, ![r].read_commit = (Verdict(r) = "COMMIT")]
-    /\ IF Verdict(r) = "COMMIT" THEN CarryOutCommit(r) ELSE UNCHANGED <<jobs, begun, enqueued, queue, device>>
+    /\ core' = [core EXCEPT ![r] = resolve_round(@, Verdict(r), reason)]
+    /\ journal' = [journal EXCEPT ![r].read = core[r].posted.round, ![r].read_commits = Verdict(r)]
     /\ Forget(r, core[r].posted.round)
-    /\ UNCHANGED <<pass, up, worker, wire, buffers, budget>>
+    /\ UNCHANGED <<pass, up, jobs, worker, wire, buffers, begun, enqueued, queue, device, budget>>
 
 (* Some rank said nothing for too long: serving on could tear the map. *)
 FailStop(r) ==
     /\ IsUp(r)
     /\ window[r] = "resolving"
-    /\ Verdict(r) = "open"
+    /\ Verdict(r) = Open
     /\ up' = [up EXCEPT ![r] = "failed"]
     /\ UNCHANGED <<core, pass, cast, window, journal, board, jobs, worker, wire, buffers, begun, enqueued,
                    queue, device, budget>>
@@ -371,8 +379,6 @@ Crash(r) ==
 
 (* -- the worker ---------------------------------------------------------------------------------------------- *)
 
-
-
 (* Jobs are executed in order and each to its end, also when its epoch is over. *)
 HasJob(r, kind, phase) == jobs[r] # <<>> /\ Head(jobs[r]).kind = kind /\ Head(jobs[r]).phase = phase
 Job(r) == Head(jobs[r])
@@ -380,7 +386,7 @@ Advance(r, phase) == jobs' = [jobs EXCEPT ![r] = <<[@[1] EXCEPT !.phase = phase]
 EndJob(r) == jobs' = [jobs EXCEPT ![r] = Tail(@)]
 
 (* The decode thread takes what the worker reports inside step(), before it posts. *)
-Takes(r) == IsUp(r) /\ window[r] = "no" /\ ~ReadIsDue(core[r])
+Takes(r) == IsUp(r) /\ GoesOn(r) /\ ~CommitIsDue(core[r]) /\ ~ReadIsDue(core[r])
 
 LoadCollected(r) ==
     /\ Takes(r)
@@ -509,8 +515,8 @@ Damage(m) ==
 
 RankNext(r) ==
     \/ Forward(r) \/ SkipStep(r) \/ DoubleStep(r) \/ Execute(r)
-    \/ PostVote(r) \/ ReadRound(r)
-    \/ LoadCollected(r) \/ (\E plan \in Plans : PlanReady(r, plan)) 
+    \/ PostVote(r) \/ ReadRound(r) \/ CommitChunk(r)
+    \/ LoadCollected(r) \/ (\E plan \in Plans : PlanReady(r, plan))
     \/ Pack(r) \/ (HasJob(r, "stage", "packed") /\ (ChunkStaged(r) \/ ChunkDamaged(r)))
     \/ WorkFailed(r) \/ WorkerDies(r) \/ WorkerFoundDead(r) \/ TransportLost(r)
     \/ GiveUp(r, "TIMEOUT") \/ GiveUpReading(r) \/ Publish(r) \/ ResolveRound(r, "TIMEOUT") \/ FailStop(r)

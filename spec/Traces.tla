@@ -22,16 +22,17 @@ VARIABLES
     window,
     journal,
     up,
-    lag,       \* of each rank: adopted while idle
     commits,   \* chunks that were committed in the last two epochs
     verdict    \* "none" while events are left
 
-vars == <<run, taken, core, cast, window, journal, up, lag, commits, verdict>>
+vars == <<run, taken, core, cast, window, journal, up, commits, verdict>>
 
 (* -- what is constant in a run --------------------------------------------------------------------------------- *)
 
 Its == Runs[run]
 Ranks == 0 .. Len(Its.events) - 1
+RunLag == Its.lag
+RunNumBuffers == Its.num_buffers
 RunIdleInterval == Its.idle_interval
 RunDrainDeadline == Its.drain_deadline
 
@@ -51,7 +52,6 @@ Init ==
     /\ window = [r \in Ranks |-> "no"]
     /\ journal = [r \in Ranks |-> EmptyJournal]
     /\ up = [r \in Ranks |-> "up"]
-    /\ lag = [r \in Ranks |-> Its.lag]
     /\ commits = {}
     /\ verdict = "none"
 
@@ -69,7 +69,8 @@ Argument(t) ==
                vote |-> [progress |-> a(3), abort |-> a(4), stop |-> a(5), request |-> a(6), freeze |-> a(7),
                          earliest |-> a(8)]]
          [] t[1] \in {"ReadRound", "ResolveRound"} ->
-              [decision |-> a(1), reason |-> a(2), earliest |-> a(3), lost |-> a(4)]
+              [decision |-> [kind |-> a(1), reason |-> a(2), chunks |-> a(3)], earliest |-> a(4), lost |-> a(5)]
+         [] t[1] = "CommitChunk" -> [chunk |-> a(1), earliest |-> a(2)]
          [] t[1] = "PlanReady" ->
               [plan |-> a(1), terms |-> [num_chunks |-> a(2), is_skip |-> a(3), deadline |-> a(4)]]
          [] t[1] = "ChunkStaged" -> [after |-> a(1)]
@@ -85,12 +86,15 @@ NextOf(r) == EventOf(Its.events[r + 1][taken[r] + 1])
 
 At(r, e) == [core[r] EXCEPT !.step = e.step]
 
+GoesOn(r) == window[r] = "no" \/ (window[r] = "resolved" /\ core[r].decided > 0)
+
 (* No step is passed at which something is due; but where the engine's pass numbers are the clock, they may skip one. *)
 TimeMayPass(r, e) ==
     LET c == core[r]
-        due == IF HasPosted(c) THEN c.read_due ELSE c.post_due
+        round_due == IF HasPosted(c) THEN c.read_due ELSE c.post_due
+        due == IF c.commit_due < round_due THEN c.commit_due ELSE round_due
     IN \/ e.step = c.step
-       \/ e.step > c.step /\ window[r] = "no" /\ (e.step <= due \/ Its.has_pass_ids)
+       \/ e.step > c.step /\ GoesOn(r) /\ (e.step <= due \/ Its.has_pass_ids)
 
 (* -- rounds ------------------------------------------------------------------------------------------------------------ *)
 
@@ -102,7 +106,7 @@ WithLag(vote, voted) == [word \in DOMAIN vote \cup {"lag"} |-> IF word = "lag" T
 
 (* -- what an event does: whether it may happen, the core after it, and what changes around the core ----------------- *)
 
-Becomes(may, c) == [may |-> may, core |-> c, vote |-> NoVote, window |-> "no", up |-> "up", gave_up |-> FALSE]
+Becomes(may, c) == [may |-> may, core |-> c, vote |-> NoVote, window |-> "same", up |-> "up", gave_up |-> FALSE]
 
 Asking(e, c) ==
     LET after == CASE e.action = "Request" -> request_rebalance(c)
@@ -113,7 +117,7 @@ Asking(e, c) ==
     IN Becomes(c.state # "STOPPED" /\ after # c, after)
 
 Posting(r, e, c) ==
-    LET after == [post_vote(c, e.pass, e.state.drained) EXCEPT !.read_due = c.step + lag[r]]
+    LET after == post_vote(c, e.pass, e.state.drained)
         vote == after.posted
         says == [progress |-> vote.progress, abort |-> vote.abort, stop |-> vote.stop, request |-> vote.request,
                  freeze |-> vote.freeze, earliest |-> vote.earliest]
@@ -122,49 +126,55 @@ Posting(r, e, c) ==
     IN [Becomes(c.state # "STOPPED" /\ window[r] = "no" /\ PostIsDue(c) /\ says = e.vote /\ raises, after)
         EXCEPT !.vote = WithLag(vote, e.lag)]
 
-(* How long the back-off after an abort is, is up to the code, within its bounds. The cool-down follows the last COMMIT
-   of an epoch. *)
-EarliestIsRight(e, c, after, decision) ==
-    CASE decision.kind = "ABORT" -> c.step + Its.backoff <= e.earliest /\ e.earliest <= c.step + Its.max_backoff
-      [] decision.kind = "COMMIT" /\ after.state = "IDLE" /\ Its.cooldown > 0 -> e.earliest = c.step + Its.cooldown
-      [] OTHER -> e.earliest = c.earliest
+(* How long the back-off after an abort is, is up to the code, within its bounds. *)
+EarliestIsRight(e, c, decision) ==
+    IF decision.kind = "ABORT" THEN c.step + Its.backoff <= e.earliest /\ e.earliest <= c.step + Its.max_backoff
+    ELSE e.earliest = c.earliest
+
+(* What a rank asks for is adopted while idle. *)
+WithLagOf(tally, c, decision) ==
+    IF Active(c) \/ decision.kind = "STOP" THEN c ELSE [c EXCEPT !.lag = Largest({vote.lag : vote \in tally})]
 
 Reading(r, e, c) ==
     LET decision == Decide(Tally(c.posted.round))
         may == window[r] = "no" /\ ReadIsDue(c) /\ IsComplete(c.posted.round)
-               /\ decision = Decision(e.decision, e.reason)
-        after == read_round(c, decision)
+               /\ decision = e.decision
+        after == read_round(WithLagOf(Tally(c.posted.round), c, decision), decision)
     IN IF ~may THEN Becomes(FALSE, c)
-       ELSE Becomes(EarliestIsRight(e, c, after, decision), [after EXCEPT !.earliest = e.earliest])
+       ELSE Becomes(EarliestIsRight(e, c, decision), [after EXCEPT !.earliest = e.earliest])
 
-FailingCommit(r, e, c) ==
-    LET decision == Decide(Tally(c.posted.round))
-        failed == without_commit(read_round(c, decision), c.live)
-        may == window[r] = "no" /\ ReadIsDue(c) /\ IsComplete(c.posted.round) /\ decision.kind = "COMMIT"
-    IN IF ~may THEN Becomes(FALSE, c)
-       ELSE [Becomes(TRUE, after_last_vote(failed, "COMMIT_FAILED"))
-             EXCEPT !.vote = WithLag(last_vote(failed, "COMMIT_FAILED"), 0), !.up = "failed"]
+(* The cool-down follows the last commit of an epoch. *)
+Committing(e, c) ==
+    LET after == commit_chunk(c)
+        earliest == IF after.state = "IDLE" /\ Its.cooldown > 0 THEN c.step + Its.cooldown ELSE c.earliest
+    IN IF ~CommitIsDue(c) THEN Becomes(FALSE, c)
+       ELSE Becomes(e.chunk = c.chunk /\ e.earliest = earliest, [after EXCEPT !.earliest = earliest])
 
 (* A rank that leaves alone posts a last vote, which says STOP. *)
 LeavesAlone(may, c, reason) ==
-    [Becomes(may, after_last_vote(c, reason)) EXCEPT !.vote = WithLag(last_vote(c, reason), 0), !.gave_up = InWindow(c)]
+    [Becomes(may, after_last_vote(c, reason))
+        EXCEPT !.vote = WithLag(last_vote(c, reason), 0), !.gave_up = InWindow(c), !.window = "no"]
+
+FailingCommit(c) == [LeavesAlone(CommitIsDue(c), c, "COMMIT_FAILED") EXCEPT !.up = "failed"]
 
 GivingUp(r, e, c) ==
     LeavesAlone(\/ window[r] = "no" /\ ReadIsDue(c) /\ ~InWindow(c)
-             \/ window[r] = "resolved", c, e.reason)
+             \/ window[r] = "resolved" /\ c.decided = 0, c, e.reason)
 
 GivingUpReading(r, c) ==
     [Becomes(window[r] = "no" /\ ReadIsDue(c) /\ InWindow(c), c) EXCEPT !.window = "resolving", !.gave_up = TRUE]
 
 Resolving(r, e, c) ==
     LET found == resolve({journal[other] : other \in Ranks}, c.posted.round)
-        may == window[r] = "resolving" /\ found = e.decision
-        after == resolve_round(c, found = "COMMIT", e.lost)
+        decides == IF found = 0 THEN Decision("ABORT", "UNRESOLVED_VOTE")
+                   ELSE [Decision("COMMIT", "none") EXCEPT !.chunks = found]
+        may == window[r] = "resolving" /\ found # Open /\ decides = e.decision
+        after == resolve_round(c, found, e.lost)
     IN IF ~may THEN Becomes(FALSE, c)
-       ELSE [Becomes(EarliestIsRight(e, c, after, Decision(found, "none")), [after EXCEPT !.earliest = e.earliest])
+       ELSE [Becomes(EarliestIsRight(e, c, decides), [after EXCEPT !.earliest = e.earliest])
              EXCEPT !.window = "resolved"]
 
-Takes(c) == ~HasPosted(c)
+Takes(c) == ~CommitIsDue(c) /\ ~ReadIsDue(c)
 
 Working(e, c) ==
     CASE e.action = "LoadCollected" -> Becomes(Takes(c) /\ c.state = "COLLECTING", load_collected(c, c.epoch))
@@ -181,8 +191,7 @@ Working(e, c) ==
 (* A rank that may not serve on says so itself: for a decision that nobody knows, a row that is not what it was, or
    tables that it could not write. *)
 FailingStop(r, e, c) ==
-    [Becomes(e.cause \in {"SLOT_DAMAGED", "TABLES_DAMAGED"} \/ window[r] = "resolving", c)
-        EXCEPT !.up = "failed", !.window = window[r]]
+    [Becomes(e.cause \in {"SLOT_DAMAGED", "TABLES_DAMAGED"} \/ window[r] = "resolving", c) EXCEPT !.up = "failed"]
 
 After(r, e) ==
     LET c == At(r, e)
@@ -191,7 +200,8 @@ After(r, e) ==
          [] action \in {"Request", "Freeze", "Unfreeze", "AskAbort", "AskStop"} -> Asking(e, c)
          [] action = "PostVote" -> Posting(r, e, c)
          [] action = "ReadRound" -> Reading(r, e, c)
-         [] action = "CommitFailed" -> FailingCommit(r, e, c)
+         [] action = "CommitChunk" -> Committing(e, c)
+         [] action = "CommitFailed" -> FailingCommit(c)
          [] action = "GiveUp" -> GivingUp(r, e, c)
          [] action = "GiveUpReading" -> GivingUpReading(r, c)
          [] action = "ResolveRound" -> Resolving(r, e, c)
@@ -215,9 +225,9 @@ CanTake(r) == HasNext(r) /\ IsPossible(r, NextOf(r), After(r, NextOf(r)))
 (* Whether a rank may only be waiting for a vote of another one. *)
 MayWait(r) ==
     LET c == At(r, NextOf(r))
-    IN \/ NextOf(r).action \in {"ReadRound", "CommitFailed"} /\ HasPosted(c) /\ ~IsComplete(c.posted.round)
+    IN \/ NextOf(r).action = "ReadRound" /\ HasPosted(c) /\ ~IsComplete(c.posted.round)
        \/ NextOf(r).action = "ResolveRound" /\ window[r] = "resolving"
-          /\ resolve({journal[other] : other \in Ranks}, c.posted.round) = "open"
+          /\ resolve({journal[other] : other \in Ranks}, c.posted.round) = Open
 
 (* -- taking it ----------------------------------------------------------------------------------------------------------- *)
 
@@ -227,24 +237,19 @@ JournalAfter(r, e, after) ==
         reads == e.action \in {"ReadRound", "ResolveRound"}
         posts == e.action = "PostVote"
         stops == CASE after.vote # NoVote /\ ~posts -> c.round + 1
-                   [] e.action = "ReadRound" /\ e.decision = "STOP" -> c.posted.round + 1
+                   [] e.action = "ReadRound" /\ e.decision.kind = "STOP" -> c.posted.round + 1
                    [] OTHER -> j.stopped_from
     IN [posted |-> IF posts THEN after.core.round ELSE j.posted,
         staged |-> IF posts THEN PromisesCommit(after.vote) ELSE j.staged,
         read |-> IF reads THEN c.posted.round ELSE j.read,
-        read_commit |-> IF reads THEN e.decision = "COMMIT" ELSE j.read_commit,
+        read_commits |-> IF reads THEN e.decision.chunks ELSE j.read_commits,
         gave_up |-> IF after.gave_up THEN c.round ELSE j.gave_up,
         stopped_from |-> stops]
-
-LagAfter(r, e) ==
-    IF e.action = "ReadRound" /\ ~Active(core[r]) /\ e.decision # "STOP"
-    THEN Largest({vote.lag : vote \in Tally(core[r].posted.round)})
-    ELSE lag[r]
 
 CommitsAfter(r, e) ==
     LET c == core[r]
         kept == {commit \in commits : commit.epoch >= c.epoch - 1}
-    IN IF e.action \in {"ReadRound", "ResolveRound"} /\ e.decision = "COMMIT"
+    IN IF e.action = "CommitChunk"
        THEN kept \cup {[epoch |-> c.epoch, chunk |-> c.chunk, step |-> e.step, plan |-> c.plan, live |-> e.state.live]}
        ELSE commits
 
@@ -254,10 +259,9 @@ Take(r) ==
     IN /\ taken' = [taken EXCEPT ![r] = @ + 1]
        /\ core' = [core EXCEPT ![r] = after.core]
        /\ cast' = IF after.vote = NoVote THEN cast ELSE [cast EXCEPT ![r] = <<after.vote, @[1], @[2]>>]
-       /\ window' = [window EXCEPT ![r] = after.window]
+       /\ window' = IF after.window = "same" THEN window ELSE [window EXCEPT ![r] = after.window]
        /\ up' = [up EXCEPT ![r] = after.up]
        /\ journal' = [journal EXCEPT ![r] = JournalAfter(r, e, after)]
-       /\ lag' = [lag EXCEPT ![r] = LagAfter(r, e)]
        /\ commits' = CommitsAfter(r, e)
        /\ UNCHANGED <<run, verdict>>
 
@@ -268,7 +272,7 @@ SamePlan == SamePlanIn(core)
 NoTransferWithoutConsensus == NoTransferWithoutConsensusIn(core, Serving)
 CommitCannotFail == \A r \in Serving : window[r] # "resolved" => CommitCannotFailIn(core[r])
 OutcomeRecorded == \A r \in Ranks : OutcomeRecordedIn(core[r])
-EpochBounded == Its.has_pass_ids \/ \A r \in Ranks : EpochBoundedIn(core[r], lag[r])
+EpochBounded == Its.has_pass_ids \/ \A r \in Ranks : EpochBoundedIn(core[r])
 SameStepCommit ==
     \A one, two \in commits :
         one.epoch = two.epoch /\ one.chunk = two.chunk =>
@@ -296,7 +300,7 @@ Stuck(r) ==
         is_time |-> TimeMayPass(r, e), may |-> after.may, gives |-> Projected(core[r], after.core), core |-> core[r],
         window |-> window[r]]
 
-Judge(words) == verdict' = words[1] /\ PrintT(<<"verdict", run>> \o words) /\ UNCHANGED <<run, taken, core, cast, window, journal, up, lag, commits>>
+Judge(words) == verdict' = words[1] /\ PrintT(<<"verdict", run>> \o words) /\ UNCHANGED <<run, taken, core, cast, window, journal, up, commits>>
 
 Next ==
     /\ verdict = "none"

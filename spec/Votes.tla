@@ -33,7 +33,7 @@ Progresses(tally) == {vote.progress : vote \in tally}
 PromisesCommit(vote) ==
     vote.progress = StagedVote /\ vote.stop = 0 /\ vote.abort = 0 /\ ~vote.freeze
 
-Decision(kind, reason) == [kind |-> kind, reason |-> reason]
+Decision(kind, reason) == [kind |-> kind, reason |-> reason, chunks |-> 0]
 Nothing == Decision("NONE", "none")
 
 (* What must be equal on all ranks, in every round and while transferring. *)
@@ -62,6 +62,11 @@ DecidePlan(tally) ==
     THEN Decision("ABORT", "PLAN_MISMATCH")
     ELSE IF Largest(Progresses(tally)) = SkipVote THEN Decision("SKIP", "none") ELSE Decision("BEGIN", "none")
 
+(* All chunks that every rank has staged: one becomes live at the step at which it is read, and one at each of the next. *)
+DecideCommit(tally) ==
+    [Decision("COMMIT", "none") EXCEPT !.chunks = Smallest({vote.staged : vote \in tally})
+                                                  - Smallest({vote.chunk : vote \in tally})]
+
 Decide(tally) ==
     LET stop == Largest({vote.stop : vote \in tally})
         abort == Largest({vote.abort : vote \in tally})
@@ -72,7 +77,7 @@ Decide(tally) ==
        ELSE IF Largest(Progresses(tally)) = IdleVote THEN DecideIdle(tally)
        ELSE IF abort > 0 THEN Decision("ABORT", AbortName(abort))
        ELSE IF \E vote \in tally : vote.freeze THEN Decision("ABORT", "FROZEN")
-       ELSE IF slowest = StagedVote THEN Decision("COMMIT", "none")
+       ELSE IF slowest = StagedVote THEN DecideCommit(tally)
        ELSE IF slowest \in {SkipVote, ReadyVote} THEN DecidePlan(tally)
        ELSE Nothing
 =============================================================================

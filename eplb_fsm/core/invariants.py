@@ -122,6 +122,8 @@ class _History(list[Recorded]):
         self.votes: list[Recorded] = []
         self.reads: list[tuple[Recorded, str]] = []
         """Rounds that were read, and what they decided."""
+        self.commits: list[Recorded] = []
+        """Chunks that became live."""
         self.others: list[Recorded] = []
         for event in self:
             self.by_rank.setdefault(event.rank, []).append(event)
@@ -130,6 +132,8 @@ class _History(list[Recorded]):
                 self.votes.append(event)
             elif action in _READS:
                 self.reads.append((event, str(event.detail.get("decision", ""))))
+            elif action == "CommitChunk":
+                self.commits.append(event)
             else:
                 self.others.append(event)
 
@@ -144,18 +148,20 @@ class _History(list[Recorded]):
 
 
 def same_step_commit(events: Iterable[Recorded]) -> list[str]:
-    """A round that commits a chunk on one rank commits it on all that go on, at the same step, to the same map."""
+    """What a round commits on one rank it commits on all that go on, each chunk at the same step, to the same map."""
     history = _History.of(events)
-    committed: dict[int, Recorded] = {}
     wrong = []
-    for event in history.read("COMMIT"):
-        first = committed.setdefault(event.round_idx, event)
-        for word in ("step_idx", "epoch", "live_digest"):
+    first_of: dict[tuple[int, int], Recorded] = {}
+    for event in history.commits:
+        chunk = event.detail["chunk"]
+        first = first_of.setdefault((event.epoch, chunk), event)
+        for word in ("step_idx", "round_idx", "live_digest"):
             if getattr(first, word) != getattr(event, word):
                 wrong.append(
-                    f"round {event.round_idx}: commits with {word} {getattr(first, word)} on rank {first.rank} "
-                    f"and {getattr(event, word)} on rank {event.rank}"
+                    f"epoch {event.epoch}: commits chunk {chunk} with {word} {getattr(first, word)} on rank "
+                    f"{first.rank} and {getattr(event, word)} on rank {event.rank}"
                 )
+    committed = {event.round_idx: event for event in reversed(history.read("COMMIT"))}
     has_read = {(event.rank, event.round_idx) for event, _ in history.reads}
     passed_by = [(event, event.round_idx) for event, decision in history.reads if decision != "COMMIT"]
     for event in history.others:
@@ -170,20 +176,16 @@ def same_step_commit(events: Iterable[Recorded]) -> list[str]:
 
 def same_decision(events: Iterable[Recorded]) -> list[str]:
     """All ranks that read a round read the same decision at the same step."""
-    first: dict[int, tuple[Recorded, str]] = {}
+    first: dict[int, Recorded] = {}
     wrong = []
-    for event, decision in _History.of(events).reads:
+    for event, _ in _History.of(events).reads:
         if event.action != "ReadRound":
             continue
-        other, other_decision = first.setdefault(event.round_idx, (event, decision))
-        if (other.step_idx, other_decision, other.detail.get("reason")) != (
-            event.step_idx,
-            decision,
-            event.detail.get("reason"),
-        ):
+        other = first.setdefault(event.round_idx, event)
+        if _what_was_read(other) != _what_was_read(event):
             wrong.append(
-                f"round {event.round_idx}: rank {other.rank} read {other_decision} at step {other.step_idx}, "
-                f"rank {event.rank} read {decision} at step {event.step_idx}"
+                f"round {event.round_idx}: rank {other.rank} read {_name_of_read(other)} at step {other.step_idx}, "
+                f"rank {event.rank} read {_name_of_read(event)} at step {event.step_idx}"
             )
     return wrong
 
@@ -222,8 +224,25 @@ def no_transfer_without_consensus(events: Iterable[Recorded]) -> list[str]:
                 has_begun = True
                 if not has_plan:
                     wrong.append(f"rank {event.rank} begins epoch {event.epoch} without a plan")
-            elif (action == "ChunkStaged" or decision == "COMMIT") and not has_begun:
+            elif action in ("ChunkStaged", "CommitChunk") and not has_begun:
                 wrong.append(f"rank {event.rank} moves weights in epoch {event.epoch} without a BEGIN")
+    return wrong
+
+
+def commit_is_decided(events: Iterable[Recorded]) -> list[str]:
+    """No rank commits a chunk that no round has decided, nor reads another round while one is left."""
+    wrong = []
+    for own in _History.of(events).by_rank.values():
+        num_left = 0
+        for event in own:
+            if event.action in _READS:
+                if num_left > 0:
+                    wrong.append(f"rank {event.rank} reads round {event.round_idx} before {num_left} decided commits")
+                num_left = event.detail.get("num_chunks", 0)
+            elif event.action == "CommitChunk":
+                num_left -= 1
+                if num_left < 0:
+                    wrong.append(f"rank {event.rank} commits a chunk in epoch {event.epoch} that no round decided")
     return wrong
 
 
@@ -346,6 +365,7 @@ EVENT_INVARIANTS: tuple[Callable[[Iterable[Recorded]], list[str]], ...] = (
     same_decision,
     same_plan,
     no_transfer_without_consensus,
+    commit_is_decided,
     no_stale_receive,
     no_commit_after_abort,
     commit_cannot_fail,
@@ -365,6 +385,16 @@ def find_violations(events: Iterable[Recorded], bound_steps: Callable[[int], int
 
 def _decision(event: Recorded) -> object:
     return event.detail.get("decision")
+
+
+def _what_was_read(event: Recorded) -> tuple[object, ...]:
+    words = ("decision", "reason", "num_chunks")
+    return event.step_idx, *(event.detail.get(word) for word in words)
+
+
+def _name_of_read(event: Recorded) -> str:
+    decision, num_chunks = event.detail.get("decision", ""), event.detail.get("num_chunks")
+    return f"{decision} of {num_chunks} chunks" if num_chunks else f"{decision}"
 
 
 def _is_read(event: Recorded, decision: str) -> bool:

@@ -7,7 +7,7 @@ what the background worker reports.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.core.lifecycle import Lifecycle
@@ -83,7 +83,14 @@ class RankCore:
         self.read_due = NEVER
         self.plan: PlanTerms | None = None
         self.chunk_idx = 0
+        """The next chunk to commit: chunks of the epoch that are live."""
         self.num_staged = 0
+        self.num_decided = 0
+        """Chunks that a round has decided to commit and that are not live yet; one is due at each step."""
+        self.commit_due = NEVER
+        """The step at which the first of them is due."""
+        self.is_leaving = False
+        """Its last round was resolved over the store: once what that decided is live, this rank gives up."""
         self.drained = True
         self.is_frozen = False
         self.last_outcome: Outcome | None = None
@@ -156,25 +163,6 @@ class RankCore:
         """Spec: TransportLost. The next vote says STOP: what was under way can never be shown to be drained."""
         self._stop_word = encode_reason(StopReason.TRANSPORT, self.rank)
 
-    def commit_failed(self, detail: str) -> Vote:
-        """Spec: CommitFailed. A chunk that a round decided to commit is not live here, so no forward pass may follow.
-
-        Returns the last vote, which says STOP, to be posted at once.
-        """
-        if self.is_active:
-            self.chunk_idx -= 1
-        else:  # it was the last chunk, and its epoch counts as committed already
-            assert self.last_outcome is not None
-            num_commits = self.last_outcome.num_commits - 1
-            self.last_outcome = replace(
-                self.last_outcome,
-                kind=OutcomeKind.FAILED,
-                reason=StopReason.COMMIT_FAILED,
-                detail=detail,
-                num_commits=num_commits,
-            )
-        return self._last_vote("give_up", StopReason.COMMIT_FAILED, detail)
-
     def _set_abort(self, reason: AbortReason) -> None:
         if not self._abort_word:
             self._abort_word = encode_reason(reason, self.rank)
@@ -204,11 +192,12 @@ class RankCore:
     @property
     def next_due(self) -> int:
         """The next step at which there is anything to do; before it a step costs one comparison."""
-        return self.post_due if self.posted is None else self.read_due
+        due = self.post_due if self.posted is None else self.read_due
+        return min(due, self.commit_due) if self.num_decided else due
 
     @property
     def in_window(self) -> bool:
-        """True while a decision is out that could commit a chunk without this rank knowing."""
+        """True while a decision is out that could commit chunks without this rank knowing."""
         return self.posted is not None and self.posted.promises_commit
 
     def post_vote(self, pass_id: int) -> Vote:
@@ -221,32 +210,74 @@ class RankCore:
 
     def read_round(self, tally: Tally) -> Decision:
         """Spec: ReadRound. Applies what the round decided, and returns it to be carried out."""
-        posted = self.posted
-        assert posted is not None
+        assert self.posted is not None
+        assert not self.num_decided
         decision = decide(tally)
         self.posted = None
         self._apply(decision, tally)
-        self._schedule_next(posted)
+        self._schedule_next()
         return decision
 
-    def resolve_round(self, *, committed: bool, reason: StopReason) -> Decision:
-        """Spec: ResolveRound. Applies the decision that was found over the store; a last STOP vote follows."""
+    def resolve_round(self, num_chunks: int, reason: StopReason) -> Decision:
+        """Spec: ResolveRound. Applies the decision that was found over the store; a last STOP vote follows.
+
+        Args:
+            num_chunks: How many chunks the round committed, 0 for none.
+            reason: Why this rank could not read it.
+        """
         self.posted = None
+        self.is_leaving = True
         self._stop_word = encode_reason(reason, self.rank)
-        if committed:
-            decision = Decision(DecisionKind.COMMIT)
-            self._commit_chunk()
+        if num_chunks:
+            decision = Decision(DecisionKind.COMMIT, num_chunks=num_chunks)
+            self._decide_commits(num_chunks)
         else:
             decision = Decision(DecisionKind.ABORT, AbortReason.UNRESOLVED_VOTE)
             self._abort(decision)
+        self._schedule_next()
         return decision
+
+    # -- commits that a round has decided -------------------------------------------------------------------
+
+    @property
+    def is_commit_due(self) -> bool:
+        """True when the next decided chunk becomes live at this step, before the next forward pass."""
+        return self.num_decided > 0 and self.step_idx >= self.commit_due
+
+    def commit_chunk(self, live_digest: int) -> None:
+        """Spec: CommitChunk, and FinishEpoch after the last one. The chunk is live: call it once that is done.
+
+        Args:
+            live_digest: Digest of the placement that this rank serves with from now on.
+        """
+        assert self.plan is not None
+        assert self.is_commit_due
+        self.lifecycle.fire("commit_chunk")
+        self.live_digest = live_digest
+        self.chunk_idx += 1
+        self.num_decided -= 1
+        self.commit_due = self.step_idx + min(self.lag, 1)  # in the synchronous mode no pass can lie between two
+        if self.chunk_idx == self.plan.num_chunks:
+            cooldown = self.config.cooldown_steps
+            self.earliest_next_step = self.step_idx + cooldown if cooldown else self.earliest_next_step
+            self._finish("finish_epoch", OutcomeKind.COMMITTED)
+        if self.posted is None:
+            self._schedule_next()
+
+    def commit_failed(self, detail: str) -> Vote:
+        """Spec: CommitFailed. A chunk that a round decided to commit is not live here, so no forward pass may follow.
+
+        Returns the last vote, which says STOP, to be posted at once.
+        """
+        return self._last_vote("give_up", StopReason.COMMIT_FAILED, detail)
 
     def give_up(self, reason: StopReason, detail: str) -> Vote:
         """Spec: GiveUp. Stops alone; returns the last vote, which says STOP, to be posted at once.
 
-        Legal only outside the uncertainty window, or after the round in it was resolved.
+        Legal only outside the uncertainty window, or after the round in it was resolved and what that decided is live.
         """
         assert not self.in_window
+        assert not self.num_decided
         return self._last_vote("give_up", reason, detail)
 
     def close(self) -> Vote | None:
@@ -298,7 +329,8 @@ class RankCore:
             epoch=self.epoch,
             live_digest=self.live_digest,
             progress=self._progress(),
-            chunk_idx=self.chunk_idx,
+            chunk_idx=self._next_chunk,
+            num_staged=self.num_staged,
             num_chunks=plan.num_chunks if plan else 0,
             plan_digest=plan.digest if plan else 0,
             abort=self._abort_word,
@@ -314,7 +346,7 @@ class RankCore:
         if not self.is_active:
             return Progress.IDLE
         if self.state is State.TRANSFERRING:
-            return Progress.STAGED if self.num_staged > self.chunk_idx else Progress.STAGING
+            return Progress.STAGED if self.num_staged > self._next_chunk else Progress.STAGING
         if self.state is State.AWAITING_CONSENSUS:
             assert self.plan is not None
             return Progress.SKIP if self.plan.skip else Progress.READY
@@ -339,18 +371,32 @@ class RankCore:
         elif kind is DecisionKind.BEGIN:
             self._enter("begin_transfer")
         elif kind is DecisionKind.COMMIT:
-            self._commit_chunk()
+            self._decide_commits(decision.num_chunks)
         elif kind is DecisionKind.ABORT:
             self._abort(decision)
 
-    def _schedule_next(self, posted: Vote) -> None:
-        """While active the next round follows at once; while idle at the next multiple of the interval."""
-        if self.state is State.STOPPED:
+    @property
+    def _next_chunk(self) -> int:
+        """The first chunk that no round has decided to commit."""
+        return self.chunk_idx + self.num_decided
+
+    @property
+    def _may_post_next(self) -> bool:
+        """Whether a round posted now has something to decide, and finds what was decided before it live."""
+        if not self.num_decided:
+            return not self.is_leaving
+        assert self.plan is not None
+        is_left = self._next_chunk < self.plan.num_chunks
+        return is_left and not self.is_leaving and not self.is_commit_due and self.num_decided < self.lag
+
+    def _schedule_next(self) -> None:
+        """While active the next round follows as soon as it may, while idle at the next multiple of the interval."""
+        if self.state is State.STOPPED or not self._may_post_next:
             self.post_due = NEVER
         elif self.is_active:
             self.post_due = self.step_idx
         else:
-            last = max(posted.step_idx, self.step_idx - 1)
+            last = self.step_idx - 1 if self.lag else self.step_idx
             self.post_due = (last // self.idle_interval + 1) * self.idle_interval
 
     def _start(self) -> None:
@@ -364,15 +410,9 @@ class RankCore:
         self._interval_due = self.step_idx + self.config.step_interval if self.config.step_interval else NEVER
         self._enter("start_epoch")
 
-    def _commit_chunk(self) -> None:
-        """Spec: CommitChunk, and FinishEpoch after the last one. The caller sets ``live_digest``."""
-        assert self.plan is not None
-        self.lifecycle.fire("commit_chunk")
-        self.chunk_idx += 1
-        if self.chunk_idx == self.plan.num_chunks:
-            cooldown = self.config.cooldown_steps
-            self.earliest_next_step = self.step_idx + cooldown if cooldown else self.earliest_next_step
-            self._finish("finish_epoch", OutcomeKind.COMMITTED)
+    def _decide_commits(self, num_chunks: int) -> None:
+        self.num_decided = num_chunks
+        self.commit_due = self.read_due
 
     def _abort(self, decision: Decision) -> None:
         self.earliest_next_step = self.step_idx + self._backoff_steps
@@ -389,6 +429,7 @@ class RankCore:
         self.stop_detail = detail
         self.post_due = self.read_due = NEVER
         self.posted = None
+        self.is_leaving = False
         if self.is_active:
             self._end_epoch(action, OutcomeKind.FAILED, reason, detail)
         else:
@@ -407,6 +448,7 @@ class RankCore:
         self.plan = None
         self.chunk_idx = 0
         self.num_staged = 0
+        self.num_decided = 0
         self._abort_word = 0
         self._enter(action)
 

@@ -1,6 +1,6 @@
 """Resolving a lost decision: what a rank inside the uncertainty window may conclude from the others.
 
-A rank that voted "staged" and does not get the decision cannot know alone whether the chunk was committed. Each
+A rank that voted "staged" and does not get the decision cannot know alone which chunks were committed. Each
 rank publishes what it knows of the rounds; the conclusion is a pure function of that.
 """
 
@@ -21,16 +21,16 @@ class Journal(NamedTuple):
     """Whether that vote was a promise to commit."""
     read_round: int = 0
     """Last round whose decision this rank read."""
-    read_commit: bool = False
-    """Whether that decision was COMMIT."""
+    read_commits: int = 0
+    """How many chunks that decision committed, 0 if it was not COMMIT."""
     gave_up_round: int = 0
     """Round whose decision this rank gave up reading. Binding: it will never read it."""
     stopped_from_round: int = NEVER
     """From this round on this rank votes nothing but STOP."""
 
 
-def resolve(journals: Sequence[Journal | None], round_idx: int) -> bool | None:
-    """Return True for COMMIT, False for ABORT, None while it is open.
+def resolve(journals: Sequence[Journal | None], round_idx: int) -> int | None:
+    """Return how many chunks the round committed, 0 for ABORT, None while it is open.
 
     A decision that some rank read is adopted. A rank that did not vote staged shows that COMMIT is impossible,
     and so do all ranks giving up: then nobody will ever read it. Only a rank that says nothing keeps it open.
@@ -42,11 +42,11 @@ def resolve(journals: Sequence[Journal | None], round_idx: int) -> bool | None:
     """
     known = [journal for journal in journals if journal is not None]
     if any(journal.read_round == round_idx for journal in known):
-        return any(journal.read_round == round_idx and journal.read_commit for journal in known)
+        return max(journal.read_commits for journal in known if journal.read_round == round_idx)
     if any(_did_not_vote_staged(journal, round_idx) for journal in known):
-        return False
+        return 0
     if len(known) == len(journals) and all(journal.gave_up_round == round_idx for journal in known):
-        return False
+        return 0
     return None
 
 

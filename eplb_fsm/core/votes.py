@@ -48,7 +48,9 @@ class Vote(NamedTuple):
     """Digest of the placement that this rank serves with."""
     progress: int
     chunk_idx: int
-    """The next chunk to commit while transferring, else 0."""
+    """The next chunk that a round may commit while transferring, else 0."""
+    num_staged: int
+    """Chunks of the plan that are staged here, those that are live included; 0 before and after transferring."""
     num_chunks: int
     """Chunks of the plan once it is known, else 0."""
     plan_digest: int
@@ -70,7 +72,7 @@ class Vote(NamedTuple):
 
     @property
     def promises_commit(self) -> bool:
-        """True when the round may commit a chunk for all this vote says; if not, no tally of it can."""
+        """True when the round may commit chunks for all this vote says; if not, no tally of it can."""
         return self.progress == Progress.STAGED and not (self.stop or self.abort or self.freeze)
 
 
@@ -135,6 +137,8 @@ class Decision:
     """The rank that gave the reason, -1 where the tally itself is the reason."""
     detail: str = ""
     """For a word that must be equal and is not: its name and both values."""
+    num_chunks: int = 0
+    """For COMMIT, how many chunks: one becomes live at this step, and one at each of the next."""
 
 
 _NONE = Decision(DecisionKind.NONE)
@@ -144,7 +148,8 @@ def decide(tally: Tally) -> Decision:
     """Return what a round decided.
 
     STOP comes first, then what must be equal, then ABORT, then the ladder of progress. BEGIN and COMMIT
-    compare epoch, chunk and digests, not only progress. Pure: this is the only source of agreed transitions.
+    compare epoch, chunk and digests, not only progress. COMMIT is of all chunks that every rank has staged.
+    Pure: this is the only source of agreed transitions.
     """
     largest, smallest = tally
     if largest.stop:
@@ -159,7 +164,7 @@ def decide(tally: Tally) -> Decision:
     if largest.freeze:
         return Decision(DecisionKind.ABORT, AbortReason.FROZEN)
     if smallest.progress == Progress.STAGED:
-        return Decision(DecisionKind.COMMIT)
+        return Decision(DecisionKind.COMMIT, num_chunks=smallest.num_staged - smallest.chunk_idx)
     if smallest.progress in (Progress.SKIP, Progress.READY):
         return _decide_plan(tally)
     return _NONE

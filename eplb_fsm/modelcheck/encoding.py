@@ -74,6 +74,7 @@ class RunEncoder:
             "max_backoff": init["max_backoff_steps"],
             "cooldown": init["cooldown_steps"],
             "lag": init["lag"],
+            "num_buffers": init["staging_buffers"],
             "live": self._lives.number(self._run.events[0][0].words["live_digest"]),
             "has_pass_ids": any(e.detail.get("pass_id") for own in self._run.events for e in own),
             "plans": {
@@ -103,7 +104,7 @@ class RunEncoder:
             return [event.action, event.step, *self.projected(event).values(), *self._argument(rank, event)]
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{self._run.files[rank]}, line {event.line} is no event of schema 2: {type(error).__name__}: {error}"
+                f"{self._run.files[rank]}, line {event.line} is no event of schema 3: {type(error).__name__}: {error}"
             ) from error
 
     def projected(self, event: Recorded) -> dict[str, Any]:
@@ -128,6 +129,7 @@ class RunEncoder:
             "ResolveRound": self._decision,
             "PlanReady": self._plan,
             "ChunkStaged": self._staged,
+            "CommitChunk": self._commit,
         }
         if event.action in encoders:
             return encoders[event.action](rank, event)
@@ -144,7 +146,11 @@ class RunEncoder:
 
     def _decision(self, rank: int, event: Recorded) -> list[Any]:
         detail = event.detail
-        return [detail["decision"], detail["reason"] or "none", detail["earliest_next_step"], detail["lost"]]
+        decision = [detail["decision"], detail["reason"] or "none", detail["num_chunks"]]
+        return [*decision, detail["earliest_next_step"], detail["lost"]]
+
+    def _commit(self, rank: int, event: Recorded) -> list[Any]:
+        return [event.detail["chunk"], event.detail["earliest_next_step"]]
 
     def _plan(self, rank: int, event: Recorded) -> list[Any]:
         detail = event.detail

@@ -18,7 +18,8 @@ _MODULE = "RecordedRuns"
 _OVERRIDES = {
     "Setup": "NoSetup",
     "Successor": "RunSuccessor",
-    **{name: f"Run{name}" for name in ("IdleInterval", "DrainDeadline", "ChunksOf", "IsSkip", "DeadlineIn")},
+    **{name: f"Run{name}" for name in ("Lag", "NumBuffers", "IdleInterval", "DrainDeadline")},
+    **{name: f"Run{name}" for name in ("ChunksOf", "IsSkip", "DeadlineIn")},
 }
 _VERDICT = re.compile(r'<<\s*"verdict".*?(?=^<<\s*"verdict"|^@!@!@|\Z)', re.MULTILINE | re.DOTALL)
 

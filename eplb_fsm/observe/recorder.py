@@ -64,6 +64,7 @@ class EventRecorder:
             num_ranks=num_ranks,
             generation=core.generation,
             lag=core.lag,
+            staging_buffers=config.staging_buffers,
             idle_interval=core.idle_interval,
             collecting_deadline_steps=config.collecting_deadline_steps,
             computing_deadline_steps=config.computing_deadline_steps,

@@ -52,13 +52,13 @@ class Driver:
         self._bucket_steps = parts.config.window_size / parts.load_source.num_buckets
         self._late_mark = (0, 0)
         self._fatal: EplbError | None = None
-        self._is_overdue = False
-        """The round just read was due at an earlier step: the engine's pass numbers have skipped one."""
+        self._lost: Lost | None = None
+        """Why a round was resolved over the store, until this rank has left."""
         self.outcomes: list[Outcome] = []
         self.num_outcomes = {"COMMITTED": 0, "SKIPPED": 0, "ABORTED": 0, "FAILED": 0}
 
     def run(self, step_idx: int, pass_id: int, now: float) -> Wait | None:
-        """Read, take what the worker reports, vote; in sync mode (lag 0) as often as it takes.
+        """Read, commit what was decided, take what the worker reports, vote; in sync mode as often as it takes.
 
         Returns:
             None when the step is done, else what it waits for; then call it again.
@@ -68,10 +68,15 @@ class Driver:
         if self._fatal is not None:  # an engine that swallowed the exception must not get past it
             self._fail_stop(self._fatal)
         while True:
+            while core.is_commit_due:
+                self._commit()
             if core.posted is not None and step_idx >= core.read_due:
                 wait = self._read(core.posted.round_idx, now)
                 if wait is not None:
                     return wait
+                continue
+            if core.is_leaving and not core.num_decided:
+                self._give_up_resolved()
             if core.state is not State.STOPPED or not self._runner.is_drained:
                 self._take_messages()
                 if core.posted is None and step_idx >= core.post_due:
@@ -157,18 +162,17 @@ class Driver:
         elif isinstance(result, Lost):
             self._give_up(result)
         elif isinstance(result, Resolved):
-            decision = self.core.resolve_round(committed=result.committed, reason=result.lost.reason)
-            self._rounds.note_decision(round_idx, committed=result.committed)
+            decision = self.core.resolve_round(result.num_chunks, result.lost.reason)
+            self._rounds.note_decision(round_idx, result.num_chunks)
+            self._lost = result.lost
             self._carry_out(decision, "ResolveRound", result.lost.reason.name)
-            self._give_up(result.lost)
         else:
             self._fail_unresolved(result)
         return None
 
     def _decide(self, round_idx: int, tally: Tally) -> None:
-        self._is_overdue = self.core.step_idx > self.core.read_due
         decision = self.core.read_round(tally)
-        self._rounds.note_decision(round_idx, committed=decision.kind is DecisionKind.COMMIT)
+        self._rounds.note_decision(round_idx, decision.num_chunks)
         if self.core.state is State.STOPPED:
             self._rounds.stop_from(round_idx + 1)
         self._carry_out(decision, "ReadRound")
@@ -185,6 +189,7 @@ class Driver:
             action,
             decision=decision.kind.value,
             reason=decision.reason.name if decision.reason else "",
+            num_chunks=decision.num_chunks,
             outcome=self._note_outcome(),
             earliest_next_step=self.core.earliest_next_step,
             lost=lost,
@@ -198,33 +203,44 @@ class Driver:
         elif kind is DecisionKind.BEGIN:
             self._runner.begin()
             self._parts.gauge.begin(self.core.step_idx, self._parts.clock())
-        elif kind is DecisionKind.COMMIT:
-            self._commit()
-            self._note_transfer()
         elif kind in (DecisionKind.ABORT, DecisionKind.STOP):
             self._log(decision)
         if not self.core.is_active:
             self._runner.drop()
 
     def _commit(self) -> None:
-        """Make the chunk live. It was promised; if it cannot be done, no forward pass may follow."""
+        """Make the next decided chunk live. It was promised; if it cannot be done, no forward pass may follow."""
+        core = self.core
         try:
-            if self._is_overdue:
+            if core.step_idx > core.commit_due:  # the engine's pass numbers have skipped one
                 raise UsageError("the engine left out the step() of the pass at which it was due")
             self._runner.commit()
         except Exception as error:
             detail = f"a promised commit failed: {error}"
-            vote = self.core.commit_failed(detail)
+            if core.in_window:
+                self._rounds.give_up_reading(core.round_idx)
+            vote = core.commit_failed(detail)
             self._recorder.record("CommitFailed", text=detail, outcome=self._note_outcome())
             self._rounds.post_last(vote)
-            self._fail_stop(FailStop(detail, [self.core.rank]))
-        self.core.live_digest = self._runner.live_digest
+            self._fail_stop(FailStop(detail, [core.rank]))
+        chunk = core.chunk_idx
+        core.commit_chunk(self._runner.live_digest)
+        if not core.is_active:
+            self._end_transfer()
+        outcome = self._note_outcome()
+        self._recorder.record("CommitChunk", chunk=chunk, outcome=outcome, earliest_next_step=core.earliest_next_step)
 
-    def _note_transfer(self) -> None:
-        """Once the last chunk is live, keep what it took."""
-        plan = self._runner.plan
-        if plan is not None and not self.core.is_active:
-            self._parts.gauge.end(self.core.step_idx, self._parts.clock(), plan.peer_bytes)
+    def _end_transfer(self) -> None:
+        """The last chunk is live: keep what moving them took."""
+        assert self._runner.plan is not None
+        self._parts.gauge.end(self.core.step_idx, self._parts.clock(), self._runner.plan.peer_bytes)
+        self._runner.drop()
+
+    def _give_up_resolved(self) -> None:
+        """All that the resolved round decided is live."""
+        assert self._lost is not None
+        self._give_up(self._lost)
+        self._lost = None
 
     def _give_up(self, lost: Lost) -> None:
         # Only after the vote timeout have all live ranks surely shown that they posted; before, nobody is named here

@@ -36,7 +36,8 @@ class Lost(NamedTuple):
 class Resolved(NamedTuple):
     """The round was lost inside the window, and resolved over the store."""
 
-    committed: bool
+    num_chunks: int
+    """How many chunks the round committed, 0 for none."""
     lost: Lost
 
 
@@ -77,8 +78,8 @@ class Rounds:
     def post(self, vote: Vote) -> None:
         """Post a vote. A lost channel shows when the round is read."""
         # The journal comes first: once the vote is out, a commit may be decided at any time.
-        _, _, read_round, read_commit, *ends = self.journal
-        self.journal = Journal(vote.round_idx, vote.promises_commit, read_round, read_commit, *ends)
+        _, _, read_round, read_commits, *ends = self.journal
+        self.journal = Journal(vote.round_idx, vote.promises_commit, read_round, read_commits, *ends)
         self._lost = None
         try:
             self._channel.post(vote)
@@ -101,11 +102,11 @@ class Rounds:
         """Show that this rank votes no more from this round on."""
         self.journal = self.journal._replace(stopped_from_round=round_idx)
 
-    def note_decision(self, round_idx: int, *, committed: bool) -> None:
-        """Show what this rank read."""
+    def note_decision(self, round_idx: int, num_chunks: int) -> None:
+        """Show what this rank read: how many chunks the round committed, 0 for any other decision."""
         self.num_read += 1
         posted_round, posted_staged, _, _, *ends = self.journal
-        self.journal = Journal(posted_round, posted_staged, round_idx, committed, *ends)
+        self.journal = Journal(posted_round, posted_staged, round_idx, num_chunks, *ends)
 
     def read(
         self, round_idx: int, now: float, *, in_window: bool, counts_late: bool

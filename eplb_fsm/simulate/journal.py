@@ -12,7 +12,7 @@ _STATE_CODES = {state.value: code for code, state in enumerate(State)}
 _ACTIONS = (
     *("PostVote", "ReadRound", "ResolveRound", "GiveUp", "Close", "FailStop", "LoadCollected", "PlanReady"),
     *("ChunkStaged", "WorkFailed", "TransportLost", "Init", "Request", "Freeze", "Unfreeze", "AskAbort", "AskStop"),
-    *("GiveUpReading", "CommitFailed"),
+    *("GiveUpReading", "CommitChunk", "CommitFailed"),
 )
 _ACTION_CODES = {action: code for code, action in enumerate(_ACTIONS)}
 

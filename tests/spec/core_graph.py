@@ -74,7 +74,7 @@ class Explorer:
 
     def _rank_moves(self, state: _State, rank: int, own: Snapshot) -> Iterator[Move]:
         yield from self._ranks[rank].local_moves(own)
-        if own.is_resolved or own.state is State.STOPPED:
+        if own.has_left or own.is_commit_due:
             return
         if own.is_read_due:
             votes = self._votes_of(state, own.attributes["round_idx"])

@@ -16,6 +16,7 @@ VOTE_WORDS = {
     "live": "live_digest",
     "progress": "progress",
     "chunk": "chunk_idx",
+    "staged": "num_staged",
     "num_chunks": "num_chunks",
     "plan": "plan_digest",
     "abort": "abort",
@@ -44,9 +45,13 @@ def project_core(core: RankCore) -> Record:
         posted=project_vote(core.posted),
         read_due=SPEC_NEVER if core.posted is None else core.read_due,
         post_due=SPEC_NEVER if core.post_due == NEVER else core.post_due,
+        lag=core.lag,
         plan=_PLAN_NAMES[core.plan.digest if core.plan else 0],
         chunk=core.chunk_idx,
         staged=core.num_staged,
+        decided=core.num_decided,
+        commit_due=core.commit_due if core.num_decided else SPEC_NEVER,
+        leaving=core.is_leaving,
         abort=decode_reason(core._abort_word)[0],
         stop=decode_reason(core._stop_word)[0],
         request=core._wants_rebalance,
@@ -83,4 +88,5 @@ def _project_outcome(outcome: Outcome | None) -> Record:
 
 def project_decision(decision: Decision) -> Record:
     """Return the record that the spec keeps of a decision."""
-    return Record(kind=decision.kind.value, reason=decision.reason.name if decision.reason else "none")
+    reason = decision.reason.name if decision.reason else "none"
+    return Record(kind=decision.kind.value, reason=reason, chunks=decision.num_chunks)

@@ -13,7 +13,7 @@ from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.core.rank import PlanTerms, RankCore
 from eplb_fsm.core.reasons import AbortReason, StopReason
 from eplb_fsm.core.states import State
-from eplb_fsm.core.votes import DecisionKind, Vote, decode_tally, encode_vote
+from eplb_fsm.core.votes import Vote, decode_tally, encode_vote
 from eplb_fsm.modelcheck.values import Record, Value
 
 Calls: TypeAlias = "Iterator[tuple[str, Value, Callable[[RankCore], Vote | None]]]"
@@ -26,14 +26,15 @@ class Snapshot:
 
     attributes: dict[str, Any]
     state: State
-    is_resolved: bool
-    """Its lost decision was resolved over the store: what the driver does next is to give up."""
     canonical: int
     is_active: bool
     in_window: bool
+    has_left: bool
+    """It makes no step any more: it is stopped, or all that is left to do is to give up."""
+    is_commit_due: bool
     is_read_due: bool
     is_post_due: bool
-    """A rank with neither due, and none that waits for messages, makes its next step."""
+    """A rank with none of them due, and none that waits for messages, makes its next step."""
 
 
 class Move(NamedTuple):
@@ -76,13 +77,13 @@ class ReplayedRank:
         self._core = RankCore(rank, config, live_digest=0, lag=self._setup["lag"])
         if rank in self._setup["asking"]:
             self._core.request_rebalance()
-        self.initial = self._snapshot(is_resolved=False)
+        self.initial = self._snapshot()
 
     def step(self, own: Snapshot, steps: int) -> Snapshot:
         """Return the rank some steps later; more than one where the engine's pass numbers have skipped some."""
         self._restore(own)
         self._core.step_idx += steps
-        return self._snapshot(is_resolved=False)
+        return self._snapshot()
 
     def local_moves(self, own: Snapshot) -> list[Move]:
         """Return the calls that need nothing from other ranks."""
@@ -100,22 +101,32 @@ class ReplayedRank:
     # -- what the driver calls when ----------------------------------------------------------------------------
 
     def _local_calls(self, own: Snapshot) -> Calls:
-        if own.is_resolved:
-            yield self._give_up(StopReason.TIMEOUT)
+        if own.is_commit_due:
+            yield from self._commits()
+        if own.attributes["is_leaving"]:
+            if own.has_left:
+                yield self._give_up(StopReason.TIMEOUT)
             return
         if "Close" in self._may:
             yield "Close", "CLOSED", lambda core: core.close()
-        if own.attributes["posted"] is None:
+        takes = own.attributes["posted"] is None and not own.is_commit_due
+        if takes:
             yield from self._late_results(own)
         if own.state is State.STOPPED:
             return
-        if own.attributes["posted"] is None:
+        if takes:
             yield from self._results(own)
         if own.is_post_due:
             yield from self._posts(own)
         if own.is_read_due and "GiveUp" in self._may:
             yield from self._losses(own)
         yield from self._requests(own)
+
+    def _commits(self) -> Calls:
+        """What a round has decided becomes live, or cannot."""
+        yield "CommitChunk", "none", lambda core: core.commit_chunk(core.live_digest + 1)
+        if "CommitFailed" in self._may:
+            yield "CommitFailed", "COMMIT_FAILED", lambda core: core.commit_failed("cannot write")
 
     def _results(self, own: Snapshot) -> Calls:
         """What the worker reports of the epoch under way."""
@@ -158,8 +169,9 @@ class ReplayedRank:
     def _losses(self, own: Snapshot) -> Calls:
         """A round that is due is lost: inside the window the store says what was decided, outside it gives up."""
         if own.in_window:
-            for committed in (False, True):
-                yield "ResolveRound", committed, lambda core, it=committed: _resolve_round(core, committed=it)
+            posted: Vote = own.attributes["posted"]
+            for num_chunks in range(posted.num_staged - posted.chunk_idx + 1):
+                yield "ResolveRound", num_chunks, lambda core, it=num_chunks: _resolve_round(core, it)
         else:
             yield self._give_up(StopReason.TIMEOUT)
             yield self._give_up(StopReason.TRANSPORT)
@@ -185,14 +197,7 @@ class ReplayedRank:
         tally = decode_tally([max(column) for column in zip(*map(encode_vote, votes), strict=True)])
         self._restore(own)
         decision = self._core.read_round(tally)
-        is_commit = decision.kind is DecisionKind.COMMIT
-        self._core.live_digest += is_commit
-        yield Move("ReadRound", project_decision(decision), self._snapshot(is_resolved=False), None)
-        if is_commit and "CommitFailed" in self._may:
-            self._restore(own)
-            self._core.read_round(tally)
-            vote = self._core.commit_failed("cannot write")
-            yield Move("CommitFailed", "COMMIT_FAILED", self._snapshot(is_resolved=False), vote)
+        yield Move("ReadRound", project_decision(decision), self._snapshot(), None)
 
     # -- the core ------------------------------------------------------------------------------------------------
 
@@ -204,26 +209,28 @@ class ReplayedRank:
     def _make(self, own: Snapshot, action: str, argument: Value, call: Callable[[RankCore], Vote | None]) -> Move:
         self._restore(own)
         vote = call(self._core)
-        return Move(action, argument, self._snapshot(is_resolved=action == "ResolveRound"), vote)
+        return Move(action, argument, self._snapshot(), vote)
 
     def _restore(self, own: Snapshot) -> None:
         vars(self._core).update(own.attributes)
         self._core.lifecycle.state = own.state
 
-    def _snapshot(self, *, is_resolved: bool) -> Snapshot:
+    def _snapshot(self) -> Snapshot:
         core = self._core
         attributes = {name: value for name, value in vars(core).items() if name not in ("lifecycle", "config")}
         plan = astuple(core.plan) if core.plan else None
-        key = (core.state, is_resolved, *({**attributes, "plan": plan}.values()))
+        key = (core.state, *({**attributes, "plan": plan}.values()))
         if key not in self._snapshots:
-            is_due = core.state is not State.STOPPED and core.step_idx >= core.next_due
+            # As in the driver: commits come first.
+            is_due = core.state is not State.STOPPED and core.step_idx >= core.next_due and not core.is_commit_due
             self._snapshots[key] = Snapshot(
                 attributes=attributes,
                 state=core.state,
-                is_resolved=is_resolved,
                 canonical=self._table.number(project_core(core)),
                 is_active=core.is_active,
                 in_window=core.in_window,
+                has_left=core.state is State.STOPPED or (core.is_leaving and not core.num_decided),
+                is_commit_due=core.is_commit_due,
                 is_read_due=is_due and core.posted is not None,
                 is_post_due=is_due and core.posted is None,
             )
@@ -243,6 +250,5 @@ def _post_vote(core: RankCore, pass_id: int, drained: bool) -> Vote:
     return core.post_vote(pass_id)
 
 
-def _resolve_round(core: RankCore, *, committed: bool) -> None:
-    decision = core.resolve_round(committed=committed, reason=StopReason.TIMEOUT)
-    core.live_digest += decision.kind is DecisionKind.COMMIT
+def _resolve_round(core: RankCore, num_chunks: int) -> None:
+    core.resolve_round(num_chunks, StopReason.TIMEOUT)

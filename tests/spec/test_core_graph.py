@@ -138,9 +138,9 @@ def _forget_request(core: RankCore, decision: Decision) -> None:
     core._wants_rebalance = False
 
 
-def _back_to_idle_by_step(core: RankCore, posted: Vote) -> None:
+def _back_to_idle_by_step(core: RankCore) -> None:
     """The next round of an idle rank follows its own step, not the multiples of the interval."""
-    SCHEDULE_NEXT(core, posted)
+    SCHEDULE_NEXT(core)
     if not core.is_active and core.state is not State.STOPPED:
         core.post_due = core.step_idx + 1
 

@@ -43,7 +43,8 @@ class Damage(NamedTuple):
 @st.composite
 def good_histories(draw: st.DrawFn) -> tuple[Setup, History]:
     """Two epochs that commit, then a freeze."""
-    setup = Setup(draw(st.integers(2, 3)), draw(st.integers(1, MAX_LAG)), draw(st.integers(1, 3)), step_interval=40)
+    ranks, lag, chunks, at_once = (draw(st.integers(*of)) for of in ((2, 3), (1, MAX_LAG), (1, 3), (1, 3)))
+    setup = Setup(ranks, lag, chunks, step_interval=40, staged_at_once=at_once)
     freezing = draw(st.integers(0, setup.num_ranks - 1))
     return setup, play(setup, [("request_unfreeze", (0,), 70), ("request_freeze", (freezing,), 0)]).events
 
@@ -70,6 +71,9 @@ def does(action: str, **words: Any) -> Where:
 def reads(decision: str) -> Where:
     """Readings of rounds that decide this."""
     return does("ReadRound", decision=decision)
+
+
+COMMITS = does("CommitChunk")
 
 
 def votes(decision: str) -> Where:
@@ -111,13 +115,13 @@ def gives_up(event: Event) -> Sequence[Event]:
 
 
 TOO_LONG = epoch_bound_steps(Setup().config, MAX_LAG, TRANSFER_DEADLINE)
-ENDS = does("ReadRound", outcome="COMMITTED")
+ENDS = does("CommitChunk", outcome="COMMITTED")
 ABORTS = {"decision": "ABORT", "outcome": "ABORTED", "state": "IDLE"}
 
 DAMAGES: dict[str, Damage] = {
-    "a commit at another step": Damage("same_step_commit", reads("COMMIT"), moved("step_idx", 1)),
-    "a commit in another epoch": Damage("same_step_commit", reads("COMMIT"), moved("epoch", 1)),
-    "a commit to another map": Damage("same_step_commit", reads("COMMIT"), moved("live_digest", 1)),
+    "a commit at another step": Damage("same_step_commit", COMMITS, moved("step_idx", 1)),
+    "a commit of another round": Damage("same_step_commit", COMMITS, moved("round_idx", 1)),
+    "a commit to another map": Damage("same_step_commit", COMMITS, moved("live_digest", 1)),
     "a commit that one rank does not read": Damage("same_step_commit", reads("COMMIT"), with_(decision="NONE")),
     "a commit that one rank does not wait for": Damage("same_step_commit", reads("COMMIT"), gives_up),
     "a commit that is resolved as an abort": Damage(
@@ -125,11 +129,16 @@ DAMAGES: dict[str, Damage] = {
     ),
     "another decision": Damage("same_decision", does("ReadRound"), with_(decision="STOP")),
     "a reading at another step": Damage("same_decision", does("ReadRound"), moved("step_idx", -1)),
+    "more commits": Damage("same_decision", reads("COMMIT"), with_(num_chunks=99)),
     "another reason": Damage("same_decision", does("ReadRound"), with_(reason="FROZEN")),
     "another plan": Damage("same_plan", does("PlanReady"), with_(plan_digest=-1)),
     "a BEGIN that is left out": Damage("no_transfer_without_consensus", reads("BEGIN"), missing),
     "a BEGIN without a plan": Damage("no_transfer_without_consensus", does("PlanReady"), missing),
-    "a commit before BEGIN": Damage("no_transfer_without_consensus", reads("START"), then(decision="COMMIT")),
+    "a commit before BEGIN": Damage(
+        "no_transfer_without_consensus", reads("START"), then(action="CommitChunk", chunk=-1)
+    ),
+    "a commit that no round has decided": Damage("commit_is_decided", COMMITS, then(chunk=-1)),
+    "a commit that is left out": Damage("commit_is_decided", COMMITS, missing),
     "a start on a rank that is not drained": Damage("no_stale_receive", votes("START"), with_(is_drained=False)),
     "a commit after a vote to abort": Damage("no_commit_after_abort", votes("COMMIT"), with_(abort=1)),
     "a commit after a vote to stop": Damage("no_commit_after_abort", votes("COMMIT"), with_(stop=1)),

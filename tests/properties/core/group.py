@@ -12,7 +12,7 @@ from eplb_fsm.core.rank import PlanTerms, RankCore
 from eplb_fsm.core.reasons import AbortReason, StopReason
 from eplb_fsm.core.resolution import Journal, resolve
 from eplb_fsm.core.states import State
-from eplb_fsm.core.votes import Decision, DecisionKind, Vote, decode_tally, encode_vote
+from eplb_fsm.core.votes import Decision, Vote, decode_tally, encode_vote
 from eplb_fsm.observe.events import Event
 from eplb_fsm.observe.recorder import EventRecorder
 
@@ -27,6 +27,7 @@ class Setup(NamedTuple):
     lag: int = 2
     num_chunks: int = 2
     step_interval: int = 0
+    staged_at_once: int = 1
 
     @property
     def config(self) -> RebalanceConfig:
@@ -40,15 +41,17 @@ class Setup(NamedTuple):
             drain_deadline_steps=6,
             backoff_steps=2,
             max_backoff_steps=5,
+            staging_buffers=self.num_chunks,
         )
 
 
 class Rank:
-    """A core and what surrounds it: a worker that does a job a step, and whatever goes wrong."""
+    """A core and what surrounds it: a worker that does a job a step, or stages some chunks, and whatever goes wrong."""
 
     def __init__(self, rank: int, setup: Setup, events: list[Event]) -> None:
         self.core = RankCore(rank, setup.config, 0, lag=setup.lag)
         self.num_chunks = setup.num_chunks
+        self.staged_at_once = setup.staged_at_once
         self.recorder = EventRecorder(self.core, [_Into(events)])
         self.votes: dict[int, Vote] = {}
         """By round; those of a rank that has stopped count as well."""
@@ -97,13 +100,22 @@ class Rank:
 
     def carry_out(self, decision: Decision, action: str) -> None:
         """Do what a decision asks for."""
-        if decision.kind is DecisionKind.COMMIT and self.fails_next_commit:
-            self.cast(self.core.commit_failed("no"))
-            self.note("CommitFailed", text="no")
-            return
-        self.core.live_digest += decision.kind is DecisionKind.COMMIT
         reason = decision.reason.name if decision.reason else ""
-        self.note(action, decision=decision.kind.value, reason=reason)
+        self.note(action, decision=decision.kind.value, reason=reason, num_chunks=decision.num_chunks)
+
+    def commit(self) -> None:
+        """Make live what is due; a rank that has found out by itself what was decided leaves when all of it is."""
+        core = self.core
+        while core.is_commit_due:
+            if self.fails_next_commit:
+                self.cast(core.commit_failed("no"))
+                self.note("CommitFailed", text="no")
+                return
+            chunk = core.chunk_idx
+            core.commit_chunk(core.live_digest + 1)
+            self.note("CommitChunk", chunk=chunk)
+        if core.is_leaving and not core.num_decided:
+            self.stop_alone(lambda: core.give_up(StopReason.TIMEOUT, "lost"), "GiveUp")
 
     def work(self) -> None:
         """Let the worker finish the job it has, if any."""
@@ -116,9 +128,10 @@ class Rank:
             digest, chunks = self.plan_digest, self.num_chunks
             core.plan_ready(core.epoch, PlanTerms(digest, chunks, TRANSFER_DEADLINE, skip=not self.sees_gain))
             self.note("PlanReady", plan_digest=digest, deadline_steps=TRANSFER_DEADLINE)
-        elif core.state is State.TRANSFERRING and core.num_staged < self.num_chunks:
-            core.chunk_staged(core.epoch, core.num_staged)
-            self.note("ChunkStaged")
+        elif core.state is State.TRANSFERRING:
+            for chunk_idx in range(core.num_staged, min(core.num_staged + self.staged_at_once, self.num_chunks)):
+                core.chunk_staged(core.epoch, chunk_idx)
+                self.note("ChunkStaged")
 
     def stop_alone(self, leave: Callable[[], Vote | None], action: str) -> None:
         """Close or give up, with a last vote."""
@@ -149,14 +162,16 @@ class Group:
         self.results_of_another_epoch = 0
 
     def step(self) -> None:
-        """One step on every rank: read what is due, take what workers have done, vote what is due."""
+        """One step on every rank: commit and read what is due, take what workers have done, vote what is due."""
         up = [rank for rank in self.ranks if rank.is_up]
         for rank in up:
             rank.core.step_idx += 1
+            rank.commit()
         reading = [rank for rank in up if rank.core.posted is not None and rank.core.step_idx >= rank.core.read_due]
         if reading:
             self._read(reading)
         for rank in self.ranks:
+            rank.commit()
             rank.work()
             if rank.is_up and rank.core.posted is None and rank.core.step_idx >= rank.core.post_due:
                 rank.vote()
@@ -176,16 +191,14 @@ class Group:
             if rank not in losing:
                 decision = rank.core.read_round(tally)
                 rank.carry_out(decision, "ReadRound")
-                journals.append(Journal(round_idx, True, round_idx, decision.kind is DecisionKind.COMMIT))
+                journals.append(Journal(round_idx, True, round_idx, decision.num_chunks))
         for rank in windows:
             self._resolve(rank, journals, round_idx)
 
     def _resolve(self, rank: Rank, journals: list[Journal], round_idx: int) -> None:
-        committed = resolve(journals, round_idx)
-        assert committed is not None  # all have said what they know
-        rank.carry_out(rank.core.resolve_round(committed=committed, reason=StopReason.TIMEOUT), "ResolveRound")
-        if rank.is_up:
-            rank.stop_alone(lambda: rank.core.give_up(StopReason.TIMEOUT, "lost"), "GiveUp")
+        num_chunks = resolve(journals, round_idx)
+        assert num_chunks is not None  # all have said what they know
+        rank.carry_out(rank.core.resolve_round(num_chunks, StopReason.TIMEOUT), "ResolveRound")
 
     def happen(self, deed: str, rank_idx: int) -> None:
         """Let something happen to a rank that still votes."""
@@ -245,8 +258,9 @@ SETUPS = st.builds(
     Setup,
     num_ranks=st.integers(2, 3),
     lag=st.integers(1, 3),
-    num_chunks=st.integers(1, 3),
+    num_chunks=st.integers(1, 4),
     step_interval=st.sampled_from((0, 6)),
+    staged_at_once=st.integers(1, 3),
 )
 SCRIPTS = st.lists(
     st.tuples(

@@ -45,10 +45,11 @@ MANY = settings(max_examples=max(settings().max_examples, 1000))
 class Ranks:
     """The journals of all ranks, and what each concluded about one round."""
 
-    def __init__(self, num_ranks: int, casts: tuple[str, ...]) -> None:
+    def __init__(self, num_ranks: int, casts: tuple[str, ...], num_chunks: int) -> None:
+        self._num_chunks = num_chunks
         self.shown: list[list[Journal | None]] = [[None, BEFORE] for _ in range(num_ranks)]
         """All that each has ever shown, oldest first."""
-        self.verdicts: dict[int, bool] = {}
+        self.verdicts: dict[int, int] = {}
         for rank, does in enumerate(casts[:num_ranks]):
             self.make(Move(rank, does))
 
@@ -77,22 +78,22 @@ class Ranks:
             return self._concludes(rank, own, resolve(self._seen_by(rank, move.ages), ROUND))
         return None
 
-    def _concludes(self, rank: int, own: Journal, verdict: bool | None) -> Journal | None:
+    def _concludes(self, rank: int, own: Journal, verdict: int | None) -> Journal | None:
         if verdict is None:
             return None
         self.verdicts[rank] = verdict
-        return own._replace(read_round=ROUND, read_commit=verdict)
+        return own._replace(read_round=ROUND, read_commits=verdict)
 
-    def _decision(self) -> bool | None:
-        """Whether the round commits, None while a vote is missing."""
+    def _decision(self) -> int | None:
+        """How many chunks the round commits, None while a vote is missing."""
         last = [shown[-1] for shown in self.shown]
         assert None not in last
         journals = [journal for journal in last if journal is not None]
         if any(journal.stopped_from_round == ROUND for journal in journals):
-            return False
+            return 0
         if any(journal.posted_round < ROUND for journal in journals):
             return None
-        return all(journal.posted_staged for journal in journals)
+        return self._num_chunks if all(journal.posted_staged for journal in journals) else 0
 
     def _seen_by(self, rank: int, ages: tuple[int, ...]) -> list[Journal | None]:
         """Its own journal as it is; of the others one that they have shown at some time."""
@@ -101,20 +102,22 @@ class Ranks:
 
 
 @MANY
-@given(num_ranks=st.integers(2, 4), casts=CASTS, moves=MOVES)
-def test_all_conclude_the_same(num_ranks: int, casts: tuple[str, ...], moves: list[Move]) -> None:
+@given(num_ranks=st.integers(2, 4), casts=CASTS, moves=MOVES, num_chunks=st.integers(1, 3))
+def test_all_conclude_the_same(num_ranks: int, casts: tuple[str, ...], moves: list[Move], num_chunks: int) -> None:
     """Whatever ranks do and however old the journals are that each sees, all that conclude anything agree."""
-    ranks = Ranks(num_ranks, casts)
+    ranks = Ranks(num_ranks, casts, num_chunks)
     for move in moves:
         ranks.make(move)
     assert len(set(ranks.verdicts.values())) <= 1
 
 
 @MANY
-@given(num_ranks=st.integers(2, 4), casts=CASTS, moves=MOVES)
-def test_a_rank_is_not_left_in_doubt(num_ranks: int, casts: tuple[str, ...], moves: list[Move]) -> None:
+@given(num_ranks=st.integers(2, 4), casts=CASTS, moves=MOVES, num_chunks=st.integers(1, 3))
+def test_a_rank_is_not_left_in_doubt(
+    num_ranks: int, casts: tuple[str, ...], moves: list[Move], num_chunks: int
+) -> None:
     """Once every rank has voted and has read the round or given it up, whoever then looks concludes something."""
-    ranks = Ranks(num_ranks, casts)
+    ranks = Ranks(num_ranks, casts, num_chunks)
     for move in moves:
         ranks.make(move)
     for does in ("vote", "give up", "resolve"):

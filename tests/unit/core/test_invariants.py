@@ -27,7 +27,7 @@ def event(rank: int, round_idx: int, action: str, state: str = "TRANSFERRING", *
         num_staged=0,
         is_drained=True,
         is_frozen=False,
-        live_digest=9 if action == "ReadRound" and detail.get("decision") == "COMMIT" else 8,
+        live_digest=9 if action == "CommitChunk" else 8,
         detail=detail,
     )
 
@@ -43,13 +43,14 @@ def epoch(rank: int) -> list[Event]:
         event(rank, 2, "ReadRound", decision="BEGIN"),
         event(rank, 2, "ChunkStaged"),
         event(rank, 3, "PostVote", abort=0, stop=0),
-        event(rank, 3, "ReadRound", "IDLE", decision="COMMIT", outcome="COMMITTED"),
+        event(rank, 3, "ReadRound", decision="COMMIT", num_chunks=1),
+        event(rank, 3, "CommitChunk", "IDLE", chunk=0, outcome="COMMITTED"),
     ]
 
 
 GOOD = [*epoch(0), *epoch(1)]
 LAST = len(GOOD) - 1
-START, PLAN, POST_READY, BEGIN, STAGED, POST, COMMIT = LAST - 7, LAST - 5, LAST - 4, LAST - 3, LAST - 2, LAST - 1, LAST
+START, _, PLAN, POST_READY, BEGIN, STAGED, POST, READ, COMMIT = range(LAST - 8, LAST + 1)
 
 
 def changed(at: int, **words: Any) -> list[Event]:
@@ -85,7 +86,7 @@ def aborts(rank: int, round_idx: int, **words: Any) -> Event:
 
 def up_to_begin(rank: int) -> list[Event]:
     """An epoch of which only the end is left out."""
-    return epoch(rank)[:-3]
+    return epoch(rank)[:-4]
 
 
 def bound(deadline: int) -> int:
@@ -98,26 +99,26 @@ BAD: list[tuple[str, Sequence[Event], list[str]]] = [
     (
         "same_step_commit",
         changed(COMMIT, step_idx=4),
-        ["round 3: commits with step_idx 3 on rank 0 and 4 on rank 1"],
+        ["epoch 1: commits chunk 0 with step_idx 3 on rank 0 and 4 on rank 1"],
     ),
     (
         "same_step_commit",
-        changed(COMMIT, epoch=2),
-        ["round 3: commits with epoch 1 on rank 0 and 2 on rank 1"],
+        changed(COMMIT, round_idx=4),
+        ["epoch 1: commits chunk 0 with round_idx 3 on rank 0 and 4 on rank 1"],
     ),
     (
         "same_step_commit",
         changed(COMMIT, live_digest=7),
-        ["round 3: commits with live_digest 9 on rank 0 and 7 on rank 1"],
+        ["epoch 1: commits chunk 0 with live_digest 9 on rank 0 and 7 on rank 1"],
     ),
     (
         "same_step_commit",
-        changed(COMMIT, action="ResolveRound", decision="ABORT", outcome="ABORTED"),
+        [*GOOD[:READ], replace(aborts(1, 3), action="ResolveRound")],
         ["round 3: rank 0 committed, rank 1 did not"],
     ),
     (
         "same_step_commit",
-        [*without(COMMIT), replace(GIVES_UP, detail={"outcome": "FAILED"})],
+        [*without(READ, COMMIT), replace(GIVES_UP, detail={"outcome": "FAILED"})],
         ["round 3: rank 0 committed, rank 1 did not"],
     ),
     (
@@ -166,6 +167,26 @@ BAD: list[tuple[str, Sequence[Event], list[str]]] = [
         "no_transfer_without_consensus",
         [event(1, 1, "WorkFailed", decision="BEGIN"), event(1, 2, "ChunkStaged")],
         ["rank 1 moves weights in epoch 1 without a BEGIN"],
+    ),
+    (
+        "commit_is_decided",
+        without(READ),
+        ["rank 1 commits a chunk in epoch 1 that no round decided"],
+    ),
+    (
+        "commit_is_decided",
+        [*GOOD, replace(GOOD[COMMIT], detail={**GOOD[COMMIT].detail, "chunk": 1})],
+        ["rank 1 commits a chunk in epoch 1 that no round decided"],
+    ),
+    (
+        "commit_is_decided",
+        [*changed(READ, num_chunks=3), event(1, 4, "ReadRound", decision="NONE")],
+        ["rank 1 reads round 4 before 2 decided commits"],
+    ),
+    (
+        "same_decision",
+        changed(READ, num_chunks=2),
+        ["round 3: rank 0 read COMMIT of 1 chunks at step 3, rank 1 read COMMIT of 2 chunks at step 3"],
     ),
     (
         "no_stale_receive",
@@ -231,14 +252,15 @@ HOLDS: dict[str, Sequence[Event]] = {
     "two epochs with plans of their own": [*GOOD, *later(GOOD, plan_digest=4)],
     "a rank that gives up after the last commit": [*GOOD, GIVES_UP],
     "a rank that stopped and is closed": [*GOOD, GIVES_UP, event(1, 5, "Close", "STOPPED")],
-    "a rank that died between its promise and the decision": without(COMMIT),
+    "a rank that died between its promise and the decision": without(READ, COMMIT),
+    "a rank that died between the decision and the commit": without(COMMIT),
     "an aborted epoch, and one that commits and is then aborted": [
         *up_to_begin(0),
         aborts(0, 3),
         *later(epoch(0)[:-1]),
-        *later([event(0, 3, "ReadRound", decision="COMMIT"), aborts(0, 4)]),
+        *later([event(0, 3, "CommitChunk", chunk=0), aborts(0, 4)]),
     ],
-    "an epoch as long as its bound": changed(COMMIT, step_idx=31)[9:],
+    "an epoch as long as its bound": changed(COMMIT, step_idx=31)[10:],
     "an epoch without a plan as long as its bound": [*epoch(0)[:3], aborts(0, 21)],
     "a rank that is frozen from the first event on": [replace(event(0, 1, "PostVote", "IDLE"), is_frozen=True)],
     "ranks that are idle for long, before an epoch or after it": [
@@ -271,7 +293,7 @@ def test_a_history_is_sorted_once() -> None:
 
 def test_a_commit_in_the_round_of_an_abort_is_not_later() -> None:
     """Ranks that conclude differently from one round break the rule of equal commits, not that of late ones."""
-    split = changed(COMMIT, action="ResolveRound", decision="ABORT", outcome="ABORTED")
+    split = [*GOOD[:READ], replace(aborts(1, 3), action="ResolveRound")]
     assert invariants.no_commit_after_abort(split) == []
 
 

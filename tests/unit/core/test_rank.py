@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from cores import PLAN, commit, core, run_to, run_until, skip_epoch, transferring
+from cores import PLAN, commit, core, decide_commits, finish_step, run_to, run_until, skip_epoch, transferring
 
 from eplb_fsm.core.deadlines import epoch_bound_steps
-from eplb_fsm.core.rank import RankCore
+from eplb_fsm.core.rank import NEVER, RankCore
 from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason, decode_reason, encode_reason
 from eplb_fsm.core.states import State
 from eplb_fsm.core.votes import DecisionKind, tally_votes
@@ -15,13 +15,58 @@ from eplb_fsm.core.votes import DecisionKind, tally_votes
 def test_a_whole_epoch() -> None:
     """START, BEGIN and one COMMIT for each chunk, each read ``lag`` steps after it was voted, end in COMMITTED."""
     it = transferring(core())
-    for chunk_idx in range(PLAN.num_chunks):
-        assert it.chunk_staged(it.epoch, chunk_idx)
-        run_until(it, DecisionKind.COMMIT)
+    commit(it, PLAN.num_chunks)
     outcome = it.last_outcome
     assert outcome is not None
     assert (outcome.kind, outcome.num_commits, outcome.epoch) == (OutcomeKind.COMMITTED, 2, 1)
     assert it.state is State.IDLE
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3])
+@pytest.mark.parametrize("slower", [False, True])
+def test_one_round_commits_what_all_have_staged(lag: int, slower: bool) -> None:
+    """One chunk becomes live at each step from the reading on, and no more than the slowest rank has staged."""
+    it = transferring(core(lag=lag), num_chunks=5)
+    for chunk_idx in range(4):
+        it.chunk_staged(1, chunk_idx)
+    num_chunks = 3 if slower else 4
+    decision = run_until(it, DecisionKind.COMMIT, *([{"num_staged": 3}] if slower else []))
+    assert decision.num_chunks == num_chunks
+    read_step = it.step_idx
+    live = []
+    posted_step = 0
+    while it.num_decided:
+        run_to(it, it.step_idx + 1) if live else finish_step(it)
+        live.append((it.step_idx, it.chunk_idx, it.live_digest))
+        if it.posted is not None and not posted_step:
+            posted_step = it.step_idx
+            assert (it.posted.chunk_idx, it.posted.num_staged) == (num_chunks, 4)
+            assert it.posted.progress == (5 if slower else 4)
+    assert live == [(read_step + n, n + 1, 6 + n) for n in range(num_chunks)]
+    assert posted_step == read_step + max(0, num_chunks - lag)
+    assert it.read_due >= it.step_idx + 1
+
+
+def test_no_round_follows_when_the_last_chunk_is_decided() -> None:
+    """Once all chunks are decided the next round is one of an idle rank, after the last of them is live."""
+    it = transferring(core(lag=3))
+    decide_commits(it, 2)
+    finish_step(it)
+    assert (it.posted, it.post_due, it.next_due) == (None, NEVER, it.step_idx + 1)
+    run_to(it, it.step_idx + 1)
+    assert it.state is State.IDLE
+    assert (it.last_outcome.num_commits if it.last_outcome else 0) == 2
+    assert it.post_due in range(it.step_idx, it.step_idx + it.idle_interval)
+
+
+def test_in_the_synchronous_mode_all_become_live_at_once() -> None:
+    """Without lag no forward pass lies between two commits of a round."""
+    it = transferring(core(lag=0), num_chunks=3)
+    decide_commits(it, 2)
+    step_idx = it.step_idx
+    while it.is_commit_due:
+        it.commit_chunk(it.live_digest + 1)
+    assert (it.step_idx, it.chunk_idx, it.post_due) == (step_idx, 2, step_idx)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 5])
@@ -218,22 +263,33 @@ def test_a_staged_vote_that_refuses_is_no_promise(word: str) -> None:
     assert not it.in_window
 
 
-@pytest.mark.parametrize("committed", [True, False])
-def test_a_resolved_round(committed: bool) -> None:
-    """A decision found over the store is applied like one that was read, and a last STOP vote follows it."""
-    it = transferring(core())
+@pytest.mark.parametrize("num_chunks", [0, 1, 2])
+def test_a_resolved_round(num_chunks: int) -> None:
+    """A decision found over the store is applied like one that was read, and a last STOP vote follows the commits."""
+    it = transferring(core(), num_chunks=3)
     it.chunk_staged(it.epoch, 0)
+    it.chunk_staged(it.epoch, 1)
     run_to(it, it.read_due)
+    it.step_idx = it.read_due
     round_idx = it.round_idx
-    decision = it.resolve_round(committed=committed, reason=StopReason.TIMEOUT)
-    assert decision.kind is (DecisionKind.COMMIT if committed else DecisionKind.ABORT)
+    decision = it.resolve_round(num_chunks, StopReason.TIMEOUT)
+    assert decision.kind is (DecisionKind.COMMIT if num_chunks else DecisionKind.ABORT)
+    for left in range(num_chunks, 0, -1):
+        assert it.num_decided == left
+        with pytest.raises(AssertionError):  # before all of it is live it must not leave
+            it.give_up(StopReason.TIMEOUT, "late")
+        assert it.is_commit_due
+        it.commit_chunk(it.live_digest + 1)
+        assert not it.is_commit_due
+        assert it.post_due == NEVER
+        it.step_idx += 1
     last = it.give_up(StopReason.TIMEOUT, "late")
     assert (last.round_idx, last.stop) == (round_idx + 1, encode_reason(StopReason.TIMEOUT, 0))
     assert it.state is State.STOPPED
     outcome = it.last_outcome
     assert outcome is not None
-    assert outcome.kind is (OutcomeKind.FAILED if committed else OutcomeKind.ABORTED)
-    assert outcome.num_commits == int(committed)
+    assert outcome.kind is (OutcomeKind.FAILED if num_chunks else OutcomeKind.ABORTED)
+    assert outcome.num_commits == num_chunks
 
 
 def test_giving_up_inside_the_window_is_a_bug() -> None:

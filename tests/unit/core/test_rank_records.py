@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cores import PLAN, commit, core, run_to, run_until, skip_epoch, transferring, vote
+from cores import PLAN, commit, core, decide_commits, run_to, run_until, skip_epoch, transferring, vote
 
 from eplb_fsm.core.deadlines import epoch_bound_steps
 from eplb_fsm.core.rank import NEVER, Outcome, PlanTerms, RankCore
@@ -40,12 +40,12 @@ def test_a_vote_without_a_plan() -> None:
 def test_a_vote_with_a_plan() -> None:
     """The vote of a rank that transfers has the epoch, the next chunk and the plan, and says whether it is staged."""
     it = transferring(core())
-    words = {"config_fingerprint": it.fingerprint, "epoch": 1, "live_digest": 5, "num_chunks": 2, "plan_digest": 77}
+    words = {"config_fingerprint": it.fingerprint, "epoch": 1, "num_chunks": 2, "plan_digest": 77}
     place = {"step_idx": it.step_idx, "round_idx": it.round_idx}
-    assert it.posted == vote(progress=4, **words, **place)
+    assert it.posted == vote(progress=4, live_digest=5, **words, **place)
     commit(it, 1)
     place = {"step_idx": it.step_idx, "round_idx": it.round_idx}
-    assert it.posted == vote(progress=4, chunk_idx=1, **words, **place)
+    assert it.posted == vote(progress=4, live_digest=6, chunk_idx=1, num_staged=1, **words, **place)
     assert it.chunk_staged(1, 1)
     assert it.num_staged == 2
     assert it.post_vote(0).progress == 5
@@ -171,8 +171,9 @@ def test_a_commit_that_fails_stops_the_rank(num_before: int) -> None:
     """A chunk that did not become live does not count: neither in the middle of a plan nor as its last."""
     it = transferring(core(rank=3))
     start = it.epoch_start_step
-    commit(it, num_before + 1)
-    assert it.is_active is (num_before + 1 < PLAN.num_chunks)
+    commit(it, num_before)
+    decide_commits(it, 1)
+    assert it.is_commit_due
     round_idx = it.round_idx
     last = it.commit_failed("cannot write")
     reason = StopReason.COMMIT_FAILED
@@ -190,8 +191,10 @@ def test_a_commit_that_fails_in_a_long_plan(num_before: int) -> None:
     it.load_collected(1)
     it.plan_ready(1, PlanTerms(digest=77, num_chunks=4, deadline_steps=40))
     run_until(it, DecisionKind.BEGIN)
-    commit(it, num_before + 1)
+    commit(it, num_before)
+    decide_commits(it, 1)
     it.commit_failed("cannot write")
+    assert (it.num_decided, it.is_commit_due) == (0, False)
     assert it.last_outcome is not None
     assert it.last_outcome.num_commits == num_before
 
@@ -221,7 +224,7 @@ def test_a_resolved_round_leaves_a_wish_to_stop(committed: bool) -> None:
     it = transferring(core(rank=3))
     it.chunk_staged(1, 0)
     run_to(it, it.read_due)
-    decision = it.resolve_round(committed=committed, reason=StopReason.TIMEOUT)
+    decision = it.resolve_round(int(committed), StopReason.TIMEOUT)
     assert it.posted is None
     assert it.wishes[3] == encode_reason(StopReason.TIMEOUT, 3)
     assert decision.reason == (None if committed else AbortReason.UNRESOLVED_VOTE)
@@ -241,5 +244,5 @@ def test_a_rank_may_drain_until_its_deadline() -> None:
 
 
 def test_the_bound_of_an_epoch() -> None:
-    """The bound of an epoch is the sum of its four deadlines, and six times the lag."""
-    assert epoch_bound_steps(core().config, 3, 40) == 10 + 20 + 30 + 40 + 6 * 3
+    """The bound of an epoch is the sum of its four deadlines, six times the lag, and commits that put a vote off."""
+    assert epoch_bound_steps(core(staging_buffers=5).config, 3, 40) == 10 + 20 + 30 + 40 + 6 * 3 + 5 - 1
