@@ -236,7 +236,8 @@ LateFree == [Late EXCEPT !.is_lockstep = FALSE]
 Crashing == [One EXCEPT !.faults = [NoFaults EXCEPT !["timeout"] = 1, !["crash"] = 1]]
 CrashingFree == [Crashing EXCEPT !.is_lockstep = FALSE]
 Breaking == [One EXCEPT !.faults = [NoFaults EXCEPT !["transport"] = 1, !["commit"] = 1]]
-LateSeveral == [Plain EXCEPT !.faults = [NoFaults EXCEPT !["timeout"] = 2], !.idle_interval = 1, !.max_steps = 8]
+LateSeveral == [Plain EXCEPT !.faults = [NoFaults EXCEPT !["timeout"] = 1], !.idle_interval = 1, !.max_steps = 8]
+LateSeveralTwice == [LateSeveral EXCEPT !.faults["timeout"] = 2]
 BreakingSeveral == [Plain EXCEPT !.faults = [NoFaults EXCEPT !["commit"] = 1], !.idle_interval = 1, !.max_steps = 8]
 (* A vote is out while commits of the round before are left. *)
 Overlap == [Plain EXCEPT !.lag = 2, !.num_chunks = 3, !.num_buffers = 3, !.idle_interval = 1, !.max_steps = 12]
@@ -272,7 +273,7 @@ ThreeRanks == [One EXCEPT !.num_ranks = 3, !.idle_interval = 1, !.max_steps = 5]
 (* Work that takes longer than deadlines allow. *)
 Hanging ==
     [Twice EXCEPT !.deadline = [COLLECTING |-> 0, COMPUTING |-> 0, AWAITING_CONSENSUS |-> 0, TRANSFERRING |-> 1],
-                  !.idle_interval = 1, !.max_steps = 8]
+                  !.num_buffers = 1, !.idle_interval = 1, !.max_steps = 8]
 ThreeEpochs == [Hanging EXCEPT !.max_epochs = 3, !.max_steps = 12]
 Recovering == [Hanging EXCEPT !.max_steps = 9, !.max_epochs = 1]
 RecoveringFree ==

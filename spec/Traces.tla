@@ -158,8 +158,9 @@ LeavesAlone(may, c, reason) ==
 FailingCommit(c) == [LeavesAlone(CommitIsDue(c), c, "COMMIT_FAILED") EXCEPT !.up = "failed"]
 
 GivingUp(r, e, c) ==
-    LeavesAlone(\/ window[r] = "no" /\ ReadIsDue(c) /\ ~InWindow(c)
-             \/ window[r] = "resolved" /\ c.decided = 0, c, e.reason)
+    LET may == \/ window[r] = "no" /\ ReadIsDue(c) /\ ~InWindow(c)
+               \/ window[r] = "resolved" /\ c.decided = 0
+    IN LeavesAlone(may, c, e.reason)
 
 GivingUpReading(r, c) ==
     [Becomes(window[r] = "no" /\ ReadIsDue(c) /\ InWindow(c), c) EXCEPT !.window = "resolving", !.gave_up = TRUE]

@@ -18,6 +18,21 @@ still inside ``step()``.
 from __future__ import annotations
 
 from eplb_fsm.config import RebalanceConfig
+from eplb_fsm.core.states import ACTIVE_STATES, State
+
+
+def deadline_steps(config: RebalanceConfig, state: State, transferring_deadline_steps: int) -> int:
+    """Return how many steps an epoch may be in an active state.
+
+    Args:
+        config: The deadlines of all phases but the last.
+        state: The state.
+        transferring_deadline_steps: As in :func:`epoch_bound_steps`.
+    """
+    if state is State.TRANSFERRING:
+        return transferring_deadline_steps
+    steps: int = getattr(config, f"{state.value.lower()}_deadline_steps")
+    return steps
 
 
 def epoch_bound_steps(config: RebalanceConfig, lag: int, transferring_deadline_steps: int) -> int:
@@ -28,10 +43,5 @@ def epoch_bound_steps(config: RebalanceConfig, lag: int, transferring_deadline_s
         lag: Steps between posting and reading a round while the epoch was under way; it changes only in IDLE.
         transferring_deadline_steps: The deadline of TRANSFERRING that the plan carries; 0 when it was never begun.
     """
-    deadlines = (
-        config.collecting_deadline_steps
-        + config.computing_deadline_steps
-        + config.awaiting_consensus_deadline_steps
-        + transferring_deadline_steps
-    )
+    deadlines = sum(deadline_steps(config, state, transferring_deadline_steps) for state in ACTIVE_STATES)
     return deadlines + 6 * lag + config.staging_buffers - 1

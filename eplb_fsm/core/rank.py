@@ -10,17 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eplb_fsm.config import RebalanceConfig
+from eplb_fsm.core.deadlines import deadline_steps
 from eplb_fsm.core.lifecycle import Lifecycle
 from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason, encode_reason
 from eplb_fsm.core.states import ACTIVE_STATES, State
 from eplb_fsm.core.votes import PROTOCOL_VERSION, Decision, DecisionKind, Progress, Tally, Vote, decide
 
-_DEADLINE_REASONS = {
-    State.COLLECTING: AbortReason.DEADLINE_COLLECTING,
-    State.COMPUTING: AbortReason.DEADLINE_COMPUTING,
-    State.AWAITING_CONSENSUS: AbortReason.DEADLINE_AWAITING_CONSENSUS,
-    State.TRANSFERRING: AbortReason.DEADLINE_TRANSFERRING,
-}
 NEVER = 1 << 62
 """A step that is never reached."""
 
@@ -302,20 +297,10 @@ class RankCore:
         """Spec: DeadlinePassed. A deadline votes; it never acts."""
         waited = self.step_idx - self.state_entered_step
         if self.is_active:
-            if waited > self._deadline_steps():
-                self._set_abort(_DEADLINE_REASONS[self.state])
+            if waited > deadline_steps(self.config, self.state, self.plan.deadline_steps if self.plan else 0):
+                self._set_abort(AbortReason[f"DEADLINE_{self.state.value}"])
         elif not self.drained and waited > self.config.drain_deadline_steps:
             self._stop_word = encode_reason(StopReason.TRANSPORT, self.rank)
-
-    def _deadline_steps(self) -> int:
-        if self.state is State.COLLECTING:
-            return self.config.collecting_deadline_steps
-        if self.state is State.COMPUTING:
-            return self.config.computing_deadline_steps
-        if self.state is State.AWAITING_CONSENSUS:
-            return self.config.awaiting_consensus_deadline_steps
-        assert self.plan is not None
-        return self.plan.deadline_steps
 
     def _make_vote(self, pass_id: int) -> Vote:
         plan = self.plan

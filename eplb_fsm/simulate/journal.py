@@ -25,6 +25,7 @@ class Journal:
         orders: What happened on each rank, in order, as numbers.
         voters: The ranks in the order in which their votes of a round reached the channel, by round.
         out: The round that is out on each rank, 0 for none.
+        decided: Chunks on each rank that a round has decided to commit and that are not live yet.
         epochs: The epoch of each rank.
         decisions: What was read, by round.
         outcomes: Epochs that have ended on each rank, and how.
@@ -37,6 +38,7 @@ class Journal:
     orders: list[list[int]] = field(default_factory=list)
     voters: dict[int, list[int]] = field(default_factory=dict)
     out: list[int] = field(default_factory=list)
+    decided: list[int] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     decisions: dict[int, str] = field(default_factory=dict)
     outcomes: list[list[tuple[int, str]]] = field(default_factory=list)
@@ -47,6 +49,7 @@ class Journal:
         self.orders = [[] for _ in range(self.num_ranks)]
         self.outcomes = [[] for _ in range(self.num_ranks)]
         self.out = [0] * self.num_ranks
+        self.decided = [0] * self.num_ranks
         self.epochs = [0] * self.num_ranks
         self._projected = [()] * self.num_ranks
 
@@ -68,7 +71,10 @@ class Journal:
             self.out[rank] = event.round_idx
         elif action in ("ReadRound", "ResolveRound"):
             self.decisions[event.round_idx] = event.detail["decision"]
+            self.decided[rank] = event.detail["num_chunks"]
             self.out[rank] = 0
+        elif action == "CommitChunk":
+            self.decided[rank] -= 1
         if event.detail.get("outcome"):
             self.outcomes[rank].append((event.epoch, event.detail["outcome"]))
         if event.state == "STOPPED" or self.outcomes[rank]:

@@ -254,7 +254,7 @@ class Run:
             if waited >= fault.nth:
                 self._pending[rank.rank].remove(fault)
                 out, read = self.journal.out[rank.rank], rank.parts.rounds.journal.read_round
-                self._hits.append((fault, state, out or read + 1))
+                self._hits.append((fault, state, out or read + (not self.journal.decided[rank.rank])))
                 self._changes_from[fault] = max(out, read) + 1
                 self.journal.orders[rank.rank].append(-1 - self.scenario.faults.index(fault))
                 strike(fault.kind, self.cluster, rank)

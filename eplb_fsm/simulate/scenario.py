@@ -213,7 +213,7 @@ def draw_scenario(seed: int, num_ranks: int, is_lockstep: bool | None, targets: 
         # A round that is out for longer is easier to hit.
         lag=rng.choice((1, 1, 1, 2, 3) if target is None else (1, 3, 3)),
         num_chunks=rng.choice((3, 4) if wants_commit else (1, 1, 1, 2, 3, 4)),
-        staging_buffers=rng.choice((1, 2)),
+        staging_buffers=rng.choice((2, 1, 3)),
         max_passes_ahead=rng.choice((0, 1, 2)),
         is_one_sided=rng.random() < 0.5,
         has_pass_ids=rng.random() < 0.5 or bool(kinds.intersection(NEEDS_PASS_IDS)),

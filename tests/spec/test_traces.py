@@ -254,7 +254,7 @@ def test_a_rejection_names_the_first_event_that_cannot_be(
     [
         (lambda lines: lines[:3] + lines[4:], "event 3 should stand"),
         (lambda lines: lines[:-2] + lines[-1:], "lines are missing"),
-        (lambda lines: ['{"trace":"eplb_fsm","schema":1,"rank":0}', *lines[1:]], "no trace of schema 2"),
+        (lambda lines: ['{"trace":"eplb_fsm","schema":1,"rank":0}', *lines[1:]], "no trace of schema 3"),
         (lambda lines: [*lines[:2], "{", *lines[3:]], "line 3 is not JSON"),
         (lambda lines: [*lines[:1], '{"seq":1}', *lines[2:]], "line 2 is no event: it has no 'action'"),
     ],

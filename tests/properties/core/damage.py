@@ -120,7 +120,6 @@ ABORTS = {"decision": "ABORT", "outcome": "ABORTED", "state": "IDLE"}
 
 DAMAGES: dict[str, Damage] = {
     "a commit at another step": Damage("same_step_commit", COMMITS, moved("step_idx", 1)),
-    "a commit of another round": Damage("same_step_commit", COMMITS, moved("round_idx", 1)),
     "a commit to another map": Damage("same_step_commit", COMMITS, moved("live_digest", 1)),
     "a commit that one rank does not read": Damage("same_step_commit", reads("COMMIT"), with_(decision="NONE")),
     "a commit that one rank does not wait for": Damage("same_step_commit", reads("COMMIT"), gives_up),

@@ -26,7 +26,7 @@ from staging_mutants import (
 from eplb_fsm.core import rank as core_rank
 from eplb_fsm.core import votes
 from eplb_fsm.core.rank import Outcome, PlanTerms, RankCore
-from eplb_fsm.core.reasons import AbortReason, OutcomeKind
+from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason
 from eplb_fsm.core.states import State
 from eplb_fsm.core.votes import Decision, DecisionKind, Progress, Tally, Vote
 from eplb_fsm.fsm import RebalanceFSM
@@ -104,7 +104,7 @@ def commit_on_progress(patch: Patch) -> None:
 
     def decide(tally: Tally) -> Decision:
         if tally.smallest.progress == Progress.STAGED:
-            return Decision(DecisionKind.COMMIT)
+            return Decision(DecisionKind.COMMIT, num_chunks=1)
         return votes.decide(tally)
 
     patch.setattr(core_rank, "decide", decide)
@@ -149,6 +149,38 @@ def commit_alone(patch: Patch) -> None:
         return read_round(self, Tally(own, own) if own is not None and own.promises_commit else tally)
 
     patch.setattr(RankCore, "read_round", read_own)
+
+
+def commit_own_staged(patch: Patch) -> None:
+    """A rank commits all that it has staged itself, whatever the others have."""
+    decide_commits = RankCore._decide_commits
+
+    def decide_own(self: RankCore, num_chunks: int) -> None:
+        decide_commits(self, self.num_staged - self.chunk_idx)
+
+    patch.setattr(RankCore, "_decide_commits", decide_own)
+
+
+def commit_at_once(patch: Patch) -> None:
+    """A rank that has resolved a round makes all of it live at once."""
+    commit_chunk = RankCore.commit_chunk
+
+    def commit_without_pass(self: RankCore, live_digest: int) -> None:
+        commit_chunk(self, live_digest)
+        if self.is_leaving:
+            self.commit_due = self.step_idx
+
+    patch.setattr(RankCore, "commit_chunk", commit_without_pass)
+
+
+def leave_early(patch: Patch) -> None:
+    """A rank that has resolved a round leaves before all of it is live."""
+    resolve_round = RankCore.resolve_round
+
+    def resolve_to_one(self: RankCore, num_chunks: int, reason: StopReason) -> Decision:
+        return resolve_round(self, min(num_chunks, 1), reason)
+
+    patch.setattr(RankCore, "resolve_round", resolve_to_one)
 
 
 def begin_alone(patch: Patch) -> None:
@@ -338,6 +370,7 @@ class Mutant(NamedTuple):
 
 PLANNING = (State.IDLE, State.COLLECTING)
 MOVING = (State.TRANSFERRING,)
+LOST = Aim((FaultKind.ROUNDS_HELD, FaultKind.CHANNEL_LOST), is_at_promise=True)
 
 
 MUTANTS = (
@@ -348,6 +381,9 @@ MUTANTS = (
         commit_on_progress, "no_commit_after_abort", Aim((FaultKind.ABORT, FaultKind.FREEZE, FaultKind.STOP), MOVING)
     ),
     Mutant(commit_alone, "no_torn_forward", NO_FAULTS),
+    Mutant(commit_own_staged, "no_torn_forward", NO_FAULTS),
+    Mutant(commit_at_once, "no_torn_forward", LOST),
+    Mutant(leave_early, "no_torn_forward", LOST),
     Mutant(begin_alone, "no_transfer_without_consensus", NO_FAULTS),
     Mutant(start_undrained, "no_stale_receive", Aim((FaultKind.ABORT, FaultKind.WORKER_STUCK), MOVING)),
     Mutant(freeze_undrained, "frozen_is_quiet", Aim((FaultKind.FREEZE, FaultKind.WORKER_STUCK), MOVING)),
@@ -356,9 +392,7 @@ MUTANTS = (
     Mutant(ignore_commit_event, "live_equals_map", NO_FAULTS),
     Mutant(sources_in_first_placement, "live_equals_map", NO_FAULTS),
     Mutant(withdraw, "commit_cannot_fail", Aim((FaultKind.ABORT,), is_at_promise=True)),
-    Mutant(
-        give_up_in_window, "no_torn_forward", Aim((FaultKind.ROUNDS_HELD, FaultKind.CHANNEL_LOST), is_at_promise=True)
-    ),
+    Mutant(give_up_in_window, "no_torn_forward", LOST),
     Mutant(giving_up_not_binding, "no_torn_forward", Aim((FaultKind.ROUNDS_HELD,), is_at_promise=True)),
     Mutant(stop_in_silence, "no_silent_stop", Aim((FaultKind.ROUNDS_HELD, FaultKind.CLOSE))),
     Mutant(count_incomplete, "live_equals_map", NO_FAULTS),

@@ -190,7 +190,7 @@ def scenarios(draw: st.DrawFn, aim: Aim = ANY) -> Drawn:
         is_lockstep=draw(st.booleans()),
         lag=draw(st.integers(1, 3)),
         num_chunks=draw(st.sampled_from((3, 2, 4, 1) if slots_per_rank == 1 else (1, 2))),
-        staging_buffers=draw(st.integers(1, 2)),
+        staging_buffers=draw(st.sampled_from((2, 1, 3))),
         max_passes_ahead=draw(st.integers(0, 2)),
         is_one_sided=draw(st.booleans()),
         has_pass_ids=draw(st.booleans()) or bool(kinds.intersection(NEEDS_PASS_IDS)),
