@@ -115,8 +115,10 @@ BeginTransfer(c) == Enter(c, "TRANSFERRING")
 SkipEpoch(c) == EndEpoch(c, "IDLE", "SKIPPED", "none")
 FinishEpoch(c) == EndEpoch(c, "IDLE", "COMMITTED", "none")
 
-(* The first of them is made at the step at which this was read. *)
-DecideCommits(c, chunks) == [c EXCEPT !.decided = chunks, !.commit_due = c.read_due]
+(* A step that commits does nothing else if it can: what a round has decided becomes live at the steps after the one at
+   which it was read, one chunk at each. In the synchronous mode there is only one step. *)
+StepsPerCommit(c) == IF c.lag = 0 THEN 0 ELSE 1
+DecideCommits(c, chunks) == [c EXCEPT !.decided = chunks, !.commit_due = c.read_due + StepsPerCommit(c)]
 
 AbortEpoch(c, reason) ==
     EndEpoch([c EXCEPT !.earliest = c.step + Backoff, !.request = TRUE], "IDLE", "ABORTED", reason)
@@ -134,7 +136,7 @@ Apply(c, decision) ==
 (* A round that is posted now has something to decide, and all that was decided before is live when it is read. *)
 MayPostNext(c) ==
     /\ c.state # "STOPPED" /\ ~c.leaving
-    /\ c.decided > 0 => NextChunk(c) < ChunksOf(c.plan) /\ ~CommitIsDue(c) /\ c.decided < c.lag
+    /\ c.decided > 0 => NextChunk(c) < ChunksOf(c.plan) /\ c.decided <= c.lag
 
 (* While active the next round follows as soon as it may, while idle at the next multiple of the interval. *)
 ScheduleNext(c) ==
@@ -146,11 +148,8 @@ ScheduleNext(c) ==
 read_round(c, decision) ==
     ScheduleNext([Apply([c EXCEPT !.posted = NoVote], decision) EXCEPT !.read_due = Never])
 
-(* One forward pass lies between two commits; in the synchronous mode there is none that could. *)
-StepsBetweenCommits(c) == IF c.lag = 0 THEN 0 ELSE 1
-
 commit_chunk(c) ==
-    LET due == IF c.decided = 1 THEN Never ELSE c.step + StepsBetweenCommits(c)
+    LET due == IF c.decided = 1 THEN Never ELSE c.step + StepsPerCommit(c)
         next == [c EXCEPT !.chunk = @ + 1, !.decided = @ - 1, !.commit_due = due,
                           !.live = Successor(@, c.plan, c.chunk)]
         ended == IF next.chunk = ChunksOf(c.plan) THEN FinishEpoch(next) ELSE next

@@ -216,7 +216,7 @@ Several == [Plain EXCEPT !.allowed = Each({"GiveUp"}, {})]
 (* A round is posted while commits of the one before are left. *)
 Overlap == [Lag2 EXCEPT !.num_chunks = 3]
 Closed == [OneChunk EXCEPT !.allowed = Both({"Close"}), !.max_steps = 6]
-Broken == [Plain EXCEPT !.allowed = Both({"CommitFailed"}), !.max_steps = 6]
+Broken == [Plain EXCEPT !.allowed = Both({"CommitFailed"})]
 Unequal == [OneChunk EXCEPT !.allowed = Each({"OtherPlacement"}, {"OtherPass", "SkipStep"})]
 
 (* Three ranks: two that agree do not outvote the third. *)

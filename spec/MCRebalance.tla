@@ -201,10 +201,11 @@ NeverFrozenState == \A r \in Ranks : ~core[r].frozen
 NeverFailStop == \A r \in Ranks : up[r] # "failed"
 (* An abort whose transfers do not end becomes a stop. *)
 NeverDrained == ~\E r \in Ranks : core[r].state = "STOPPED" /\ core[r].stop = Stop.TRANSPORT
-(* A chunk is live and another one decided: on any rank, on one that has resolved its round, and with a promise out. *)
-NeverSeveral == \A r \in Ranks : ~(core[r].decided > 0 /\ ~CommitIsDue(core[r]))
-NeverResolvedSeveral == \A r \in Ranks : ~(core[r].decided > 0 /\ ~CommitIsDue(core[r]) /\ window[r] = "resolved")
-NeverOverlap == \A r \in Ranks : ~(core[r].decided > 0 /\ ~CommitIsDue(core[r]) /\ InWindow(core[r]))
+(* Several chunks are decided and not live, on any rank and on one that has resolved its round; and a promise is out while
+   some are. *)
+NeverSeveral == \A r \in Ranks : core[r].decided <= 1
+NeverResolvedSeveral == \A r \in Ranks : ~(core[r].decided > 1 /\ window[r] = "resolved")
+NeverOverlap == \A r \in Ranks : ~(core[r].decided > 0 /\ InWindow(core[r]))
 NeverResolvedCommit == \A r \in Ranks : ~(window[r] = "resolved" /\ journal[r].read_commits > 0)
 
 (* -- setups of the checks ------------------------------------------------------------------------------------------ *)
@@ -240,7 +241,9 @@ LateSeveral == [Plain EXCEPT !.faults = [NoFaults EXCEPT !["timeout"] = 1], !.id
 LateSeveralTwice == [LateSeveral EXCEPT !.faults["timeout"] = 2]
 BreakingSeveral == [Plain EXCEPT !.faults = [NoFaults EXCEPT !["commit"] = 1], !.idle_interval = 1, !.max_steps = 8]
 (* A vote is out while commits of the round before are left. *)
-Overlap == [Plain EXCEPT !.lag = 2, !.num_chunks = 3, !.num_buffers = 3, !.idle_interval = 1, !.max_steps = 12]
+Overlap ==
+    [Plain EXCEPT !.lag = 2, !.num_chunks = 3, !.num_buffers = 3, !.idle_interval = 1, !.max_steps = 13,
+                  !.faults = [NoFaults EXCEPT !["commit"] = 1]]
 ClosingFree == [One EXCEPT !.is_lockstep = FALSE, !.faults = [NoFaults EXCEPT !["close"] = 1, !["timeout"] = 1]]
 Freezing == [One EXCEPT !.faults = [NoFaults EXCEPT !["freeze"] = 1, !["unfreeze"] = 1], !.max_steps = 11, !.max_epochs = 2]
 Asked == [One EXCEPT !.faults = [NoFaults EXCEPT !["abort"] = 1, !["stop"] = 1]]
@@ -273,8 +276,8 @@ ThreeRanks == [One EXCEPT !.num_ranks = 3, !.idle_interval = 1, !.max_steps = 5]
 (* Work that takes longer than deadlines allow. *)
 Hanging ==
     [Twice EXCEPT !.deadline = [COLLECTING |-> 0, COMPUTING |-> 0, AWAITING_CONSENSUS |-> 0, TRANSFERRING |-> 1],
-                  !.num_buffers = 1, !.idle_interval = 1, !.max_steps = 8]
-ThreeEpochs == [Hanging EXCEPT !.max_epochs = 3, !.max_steps = 12]
+                  !.num_buffers = 1, !.idle_interval = 1, !.max_steps = 9]
+ThreeEpochs == [Hanging EXCEPT !.max_epochs = 3, !.max_steps = 13]
 Recovering == [Hanging EXCEPT !.max_steps = 9, !.max_epochs = 1]
 RecoveringFree ==
     [Recovering EXCEPT !.is_lockstep = FALSE, !.faults = [NoFaults EXCEPT !["timeout"] = 2, !["crash"] = 1],

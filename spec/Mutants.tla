@@ -45,7 +45,8 @@ SourceInFirstPlacement(plan, chunk, slot) ==
     IN IF chunk > 0 /\ source \in Touched(plan, 0) THEN Partner(plan, 0, source) ELSE source
 
 (* A rank makes live all that it has staged itself, whatever the others have. *)
-CommitOwnStaged(c, chunks) == [c EXCEPT !.decided = c.staged - c.chunk, !.commit_due = c.read_due]
+CommitOwnStaged(c, chunks) ==
+    [c EXCEPT !.decided = c.staged - c.chunk, !.commit_due = c.read_due + StepsPerCommit(c)]
 
 (* A rank that has resolved a round makes all of it live at once, and so leaves at once. *)
 CommitAtOnceLeaving(c) == IF c.lag = 0 \/ c.leaving THEN 0 ELSE 1
@@ -181,17 +182,17 @@ FreezeInWindow(r) ==
 FreeAlone(r) ==
     /\ Takes(r)
     /\ core[r].state = "TRANSFERRING"
-    /\ core[r].staged > core[r].chunk
-    /\ ~InWindow(core[r])
+    /\ core[r].staged > NextChunk(core[r])
+    /\ core[r].decided = 0 /\ ~InWindow(core[r])
     /\ core' = [core EXCEPT ![r] = SetAbort(@, "TRANSFER_ERROR")]
     /\ buffers' = [buffers EXCEPT ![r] = [b \in DOMAIN @ |-> Empty]]
     /\ UNCHANGED <<pass, up, cast, window, journal, board, jobs, worker, wire, begun, enqueued, queue, device, budget>>
 
-(* A forward pass is counted as two steps while a promise is out. *)
+(* A forward pass is counted as two steps while a commit is decided. *)
 CountTwice(r) ==
     /\ MayPass(r)
     /\ NothingDue(r)
-    /\ InWindow(core[r])
+    /\ core[r].decided > 0
     /\ pass' = [pass EXCEPT ![r] = @ + 1]
     /\ core' = [core EXCEPT ![r].step = @ + 2]
     /\ Enqueue(r, [kind |-> "forward"])

@@ -143,11 +143,11 @@ Reading(r, e, c) ==
     IN IF ~may THEN Becomes(FALSE, c)
        ELSE Becomes(EarliestIsRight(e, c, decision), [after EXCEPT !.earliest = e.earliest])
 
-(* The cool-down follows the last commit of an epoch. *)
+(* The cool-down follows the last commit of an epoch. Who comes too late for a commit does not make it. *)
 Committing(e, c) ==
     LET after == commit_chunk(c)
         earliest == IF after.state = "IDLE" /\ Its.cooldown > 0 THEN c.step + Its.cooldown ELSE c.earliest
-    IN IF ~CommitIsDue(c) THEN Becomes(FALSE, c)
+    IN IF ~CommitIsDue(c) \/ c.step > c.commit_due THEN Becomes(FALSE, c)
        ELSE Becomes(e.chunk = c.chunk /\ e.earliest = earliest, [after EXCEPT !.earliest = earliest])
 
 (* A rank that leaves alone posts a last vote, which says STOP. *)

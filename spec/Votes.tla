@@ -62,7 +62,7 @@ DecidePlan(tally) ==
     THEN Decision("ABORT", "PLAN_MISMATCH")
     ELSE IF Largest(Progresses(tally)) = SkipVote THEN Decision("SKIP", "none") ELSE Decision("BEGIN", "none")
 
-(* All chunks that every rank has staged: one becomes live at the step at which it is read, and one at each of the next. *)
+(* All chunks that every rank has staged: one becomes live at each of the steps after the one at which this is read. *)
 DecideCommit(tally) ==
     [Decision("COMMIT", "none") EXCEPT !.chunks = Smallest({vote.staged : vote \in tally})
                                                   - Smallest({vote.chunk : vote \in tally})]

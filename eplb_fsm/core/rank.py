@@ -81,7 +81,7 @@ class RankCore:
         """The next chunk to commit: chunks of the epoch that are live."""
         self.num_staged = 0
         self.num_decided = 0
-        """Chunks that a round has decided to commit and that are not live yet; one is due at each step."""
+        """Chunks that a round has decided to commit and that are not live yet: one becomes live at each step."""
         self.commit_due = NEVER
         """The step at which the first of them is due."""
         self.is_leaving = False
@@ -251,7 +251,7 @@ class RankCore:
         self.live_digest = live_digest
         self.chunk_idx += 1
         self.num_decided -= 1
-        self.commit_due = self.step_idx + min(self.lag, 1)  # in the synchronous mode no pass can lie between two
+        self.commit_due = self.step_idx + self._steps_per_commit
         if self.chunk_idx == self.plan.num_chunks:
             cooldown = self.config.cooldown_steps
             self.earliest_next_step = self.step_idx + cooldown if cooldown else self.earliest_next_step
@@ -371,8 +371,7 @@ class RankCore:
         if not self.num_decided:
             return not self.is_leaving
         assert self.plan is not None
-        is_left = self._next_chunk < self.plan.num_chunks
-        return is_left and not self.is_leaving and not self.is_commit_due and self.num_decided < self.lag
+        return not self.is_leaving and self._next_chunk < self.plan.num_chunks and self.num_decided <= self.lag
 
     def _schedule_next(self) -> None:
         """While active the next round follows as soon as it may, while idle at the next multiple of the interval."""
@@ -395,9 +394,14 @@ class RankCore:
         self._interval_due = self.step_idx + self.config.step_interval if self.config.step_interval else NEVER
         self._enter("start_epoch")
 
+    @property
+    def _steps_per_commit(self) -> int:
+        """A step that commits does nothing else if it can; in the synchronous mode there is only one step."""
+        return min(self.lag, 1)
+
     def _decide_commits(self, num_chunks: int) -> None:
         self.num_decided = num_chunks
-        self.commit_due = self.read_due
+        self.commit_due = self.read_due + self._steps_per_commit
 
     def _abort(self, decision: Decision) -> None:
         self.earliest_next_step = self.step_idx + self._backoff_steps

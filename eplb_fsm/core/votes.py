@@ -138,7 +138,7 @@ class Decision:
     detail: str = ""
     """For a word that must be equal and is not: its name and both values."""
     num_chunks: int = 0
-    """For COMMIT, how many chunks: one becomes live at this step, and one at each of the next."""
+    """For COMMIT, how many chunks: one becomes live at each of the steps that follow."""
 
 
 _NONE = Decision(DecisionKind.NONE)

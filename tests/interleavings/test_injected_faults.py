@@ -160,7 +160,7 @@ def test_a_doubled_step_counts_for_nothing(step_idx: int) -> None:
 
 
 def test_a_skipped_step_heals_or_ends_rebalancing() -> None:
-    """With pass numbers a missing step() is made up for; where a round was due, DESYNC; where a commit, FailStop."""
+    """With pass numbers a missing step() is made up for; where a vote was due, DESYNC; where a commit, FailStop."""
     ends = [_skip(step_idx) for step_idx in range(3, 80)]
     assert set(ends) == {"went on", "DESYNC", "fail-stop"}
 
@@ -187,7 +187,7 @@ def _skip(step_idx: int) -> str:
     assert ("COMMITTED", "") in run.outcomes()
     assert len({rank.parts.runner.live_digest for rank in run.ranks}) == 1
     found = find_violations(run.events, run.bound)
-    assert all(text.startswith("same_decision") and "NONE" in text for text in found)  # an idle round, read late
+    assert all(text.startswith("same_decision") for text in found)  # read late, and what it decided made in time
     return "went on"
 
 

@@ -141,7 +141,7 @@ def _forget_request(core: RankCore, decision: Decision) -> None:
 def _back_to_idle_by_step(core: RankCore) -> None:
     """The next round of an idle rank follows its own step, not the multiples of the interval."""
     SCHEDULE_NEXT(core)
-    if not core.is_active and core.state is not State.STOPPED:
+    if core.state is State.IDLE and not core.is_leaving:
         core.post_due = core.step_idx + 1
 
 
@@ -155,7 +155,7 @@ SCHEDULE_NEXT = RankCore._schedule_next
     [
         ("_last_vote", _give_up_in_silence, "GiveUp"),
         ("_abort", _forget_request, "ResolveRound"),
-        ("_schedule_next", _back_to_idle_by_step, "ReadRound"),
+        ("_schedule_next", _back_to_idle_by_step, "CommitChunk"),
     ],
 )
 def test_planted_differences_are_found(method: str, planted: Callable[..., object], call: str) -> None:

@@ -159,8 +159,9 @@ def tamper(run: RecordedRun, its_rank: int, rng: random.Random) -> Iterator[Tamp
 STATE_WORDS = ("state", "epoch", "round_idx", "chunk_idx", "num_staged", "is_drained", "is_frozen", "live_digest")
 DETAIL_WORDS: Mapping[str, tuple[str, ...]] = {
     "PostVote": ("progress", "pass_id", "abort", "stop", "request", "freeze", "earliest_next_step", "lag"),
-    "ReadRound": ("decision", "reason", "outcome", "earliest_next_step"),
-    "ResolveRound": ("decision", "outcome", "earliest_next_step"),
+    "ReadRound": ("decision", "reason", "num_chunks", "outcome", "earliest_next_step"),
+    "ResolveRound": ("decision", "num_chunks", "outcome", "earliest_next_step"),
+    "CommitChunk": ("chunk", "outcome", "earliest_next_step"),
     "PlanReady": ("plan_digest", "num_chunks", "skip", "deadline_steps"),
     "ChunkStaged": ("digest",),
     "WorkFailed": ("reason",),
@@ -203,10 +204,16 @@ def is_legal(it: Tampered) -> bool:
     """Whether what was done to a run makes another legal one.
 
     Either two neighbours changed places that leave the state as it was, so that they commute; or it was the last event
-    of its rank, and nobody else was told of it: the trace of a rank that ended earlier, or otherwise.
+    of its rank, and nobody else was told of it: the trace of a rank that ended earlier, or otherwise; or the rank left
+    a step() out, read a round one step late, and made what that decided live in time; or two jobs found the transfer
+    group broken, where it was one.
     """
     if it.following is None:
         return it.how in ("drop", "alter")
+    if it.word == "step_idx" and (it.event.action, it.following.action) == ("ReadRound", "CommitChunk"):
+        return it.following.step == it.event.step + 1
+    if (it.how, it.event.action) == ("double", "TransportLost"):
+        return True
     states = [projected(event) for event in (it.previous, it.event, it.following)]
     return it.how == "swap" and states[0] == states[1] == states[2]
 

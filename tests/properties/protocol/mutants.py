@@ -322,11 +322,11 @@ def double_step_without_pass_ids(patch: Patch) -> None:
 
 
 def step_counted_twice(patch: Patch) -> None:
-    """A forward pass is counted as two steps on one rank while its promise is out."""
+    """A forward pass is counted as two steps on one rank while a commit is decided."""
     poll_step = RebalanceFSM.poll_step
 
     def count_twice(self: RebalanceFSM, pass_id: int | None, now: float) -> Wait | None:
-        if self._core.rank == 0 and self._core.in_window and not self._is_in_step:
+        if self._core.rank == 0 and self._core.num_decided and not self._is_in_step:
             self._step_idx += 1
         return poll_step(self, None, now)
 

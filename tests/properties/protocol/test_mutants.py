@@ -31,7 +31,7 @@ SOONER_SEEN = {
         "it covers every round that ranks read at different steps, not only commits",
     ),
     "stale_vote": ("same_membership", "no round may decide anything then, also where it would have done no harm"),
-    "step_counted_twice": ("commit_cannot_fail", "a commit that is read late is not made, and ends its rank"),
+    "step_counted_twice": ("commit_cannot_fail", "a commit that is late is not made, and ends its rank"),
 }
 """Mutants that break another invariant of the code long before that of the property, and why that one will do."""
 

@@ -42,43 +42,24 @@ def run_to(it: RankCore, step_idx: int, *others: dict[str, int]) -> list[Decisio
     """Step up to ``step_idx``, in a group of this core and peers that vote the same but for some words."""
     decisions = []
     while it.step_idx < step_idx:
-        decisions += _begin_step(it, others)
-        finish_step(it)
+        it.step_idx += 1
+        if it.is_commit_due:
+            it.commit_chunk(it.live_digest + 1)
+        if it.posted is not None and it.step_idx >= it.read_due:
+            votes = [it.posted, *(it.posted._replace(**other) for other in others)]
+            decisions.append(it.read_round(tally_votes(votes)))
+        if it.posted is None and it.step_idx >= it.post_due:
+            it.post_vote(0)
     return decisions
 
 
 def run_until(it: RankCore, kind: DecisionKind, *others: dict[str, int], within: int = 200) -> Decision:
-    """Step until a round decides this; what a COMMIT decides is left to be made live."""
-    finish_step(it)
+    """Step until a round decides this; what a COMMIT decides becomes live at the steps after it."""
     for _ in range(within):
-        for decision in _begin_step(it, others):
+        for decision in run_to(it, it.step_idx + 1, *others):
             if decision.kind is kind:
-                if kind is not DecisionKind.COMMIT:
-                    finish_step(it)
                 return decision
-        finish_step(it)
     raise AssertionError(f"no {kind} within {within} steps")
-
-
-def _begin_step(it: RankCore, others: tuple[dict[str, int], ...]) -> list[Decision]:
-    it.step_idx += 1
-    _commit_what_is_due(it)
-    if it.posted is None or it.step_idx < it.read_due:
-        return []
-    votes = [it.posted, *(it.posted._replace(**other) for other in others)]
-    return [it.read_round(tally_votes(votes))]
-
-
-def finish_step(it: RankCore) -> None:
-    """Commit and post what is due."""
-    _commit_what_is_due(it)
-    if it.posted is None and it.step_idx >= it.post_due:
-        it.post_vote(0)
-
-
-def _commit_what_is_due(it: RankCore) -> None:
-    while it.is_commit_due:
-        it.commit_chunk(it.live_digest + 1)
 
 
 def transferring(it: RankCore, *, num_chunks: int = PLAN.num_chunks) -> RankCore:
@@ -103,7 +84,7 @@ def commit(it: RankCore, num_chunks: int) -> None:
     """Stage so many chunks, each once the one before is live, and commit them."""
     for _ in range(num_chunks):
         decide_commits(it, 1)
-        finish_step(it)
+        run_to(it, it.commit_due)
 
 
 def decide_commits(it: RankCore, num_chunks: int) -> None:

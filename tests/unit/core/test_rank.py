@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cores import PLAN, commit, core, decide_commits, finish_step, run_to, run_until, skip_epoch, transferring
+from cores import PLAN, commit, core, decide_commits, run_to, run_until, skip_epoch, transferring
 
 from eplb_fsm.core.deadlines import deadline_steps, epoch_bound_steps
 from eplb_fsm.core.rank import NEVER, RankCore
@@ -25,7 +25,7 @@ def test_a_whole_epoch() -> None:
 @pytest.mark.parametrize("lag", [1, 2, 3])
 @pytest.mark.parametrize("slower", [False, True])
 def test_one_round_commits_what_all_have_staged(lag: int, slower: bool) -> None:
-    """One chunk becomes live at each step from the reading on, and no more than the slowest rank has staged."""
+    """One chunk becomes live at each step after the reading, and no more than the slowest rank has staged."""
     it = transferring(core(lag=lag), num_chunks=5)
     for chunk_idx in range(4):
         it.chunk_staged(1, chunk_idx)
@@ -33,27 +33,25 @@ def test_one_round_commits_what_all_have_staged(lag: int, slower: bool) -> None:
     decision = run_until(it, DecisionKind.COMMIT, *([{"num_staged": 3}] if slower else []))
     assert decision.num_chunks == num_chunks
     read_step = it.step_idx
-    live = []
-    posted_step = 0
-    while it.num_decided:
-        run_to(it, it.step_idx + 1) if live else finish_step(it)
-        live.append((it.step_idx, it.chunk_idx, it.live_digest))
-        if it.posted is not None and not posted_step:
-            posted_step = it.step_idx
-            assert (it.posted.chunk_idx, it.posted.num_staged) == (num_chunks, 4)
-            assert it.posted.progress == (5 if slower else 4)
-    assert live == [(read_step + n, n + 1, 6 + n) for n in range(num_chunks)]
-    assert posted_step == read_step + max(0, num_chunks - lag)
-    assert it.read_due >= it.step_idx + 1
+    posted = it.posted
+    for n in range(num_chunks):
+        assert (it.chunk_idx, it.live_digest) == (n, 5 + n)
+        read = run_to(it, read_step + n + 1, *([{"progress": 4}] if slower else []))
+        assert not read or n == num_chunks - 1  # all is live when the next round is read
+        posted = posted or it.posted
+    assert (it.chunk_idx, it.live_digest, it.num_decided) == (num_chunks, 5 + num_chunks, 0)
+    assert posted is not None
+    assert posted.step_idx == read_step + max(0, num_chunks - lag)
+    assert (posted.chunk_idx, posted.num_staged, posted.progress) == (num_chunks, 4, 5 if slower else 4)
 
 
 def test_no_round_follows_when_the_last_chunk_is_decided() -> None:
     """Once all chunks are decided the next round is one of an idle rank, after the last of them is live."""
     it = transferring(core(lag=3))
     decide_commits(it, 2)
-    finish_step(it)
-    assert (it.posted, it.post_due, it.next_due) == (None, NEVER, it.step_idx + 1)
-    run_to(it, it.step_idx + 1)
+    for _ in range(2):
+        assert (it.posted, it.post_due, it.next_due) == (None, NEVER, it.step_idx + 1)
+        run_to(it, it.step_idx + 1)
     assert it.state is State.IDLE
     assert (it.last_outcome.num_commits if it.last_outcome else 0) == 2
     assert it.post_due in range(it.step_idx, it.step_idx + it.idle_interval)
@@ -64,9 +62,10 @@ def test_in_the_synchronous_mode_all_become_live_at_once() -> None:
     it = transferring(core(lag=0), num_chunks=3)
     decide_commits(it, 2)
     step_idx = it.step_idx
+    assert it.post_due == NEVER
     while it.is_commit_due:
         it.commit_chunk(it.live_digest + 1)
-    assert (it.step_idx, it.chunk_idx, it.post_due) == (step_idx, 2, step_idx)
+    assert (it.chunk_idx, it.post_due) == (2, step_idx)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 5])
@@ -275,6 +274,7 @@ def test_a_resolved_round(num_chunks: int) -> None:
     decision = it.resolve_round(num_chunks, StopReason.TIMEOUT)
     assert decision.kind is (DecisionKind.COMMIT if num_chunks else DecisionKind.ABORT)
     for left in range(num_chunks, 0, -1):
+        it.step_idx += 1
         assert it.num_decided == left
         with pytest.raises(AssertionError):  # before all of it is live it must not leave
             it.give_up(StopReason.TIMEOUT, "late")
@@ -282,7 +282,6 @@ def test_a_resolved_round(num_chunks: int) -> None:
         it.commit_chunk(it.live_digest + 1)
         assert not it.is_commit_due
         assert it.post_due == NEVER
-        it.step_idx += 1
     last = it.give_up(StopReason.TIMEOUT, "late")
     assert (last.round_idx, last.stop) == (round_idx + 1, encode_reason(StopReason.TIMEOUT, 0))
     assert it.state is State.STOPPED

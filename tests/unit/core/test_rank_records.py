@@ -43,9 +43,10 @@ def test_a_vote_with_a_plan() -> None:
     words = {"config_fingerprint": it.fingerprint, "epoch": 1, "num_chunks": 2, "plan_digest": 77}
     place = {"step_idx": it.step_idx, "round_idx": it.round_idx}
     assert it.posted == vote(progress=4, live_digest=5, **words, **place)
-    commit(it, 1)
+    decide_commits(it, 1)
     place = {"step_idx": it.step_idx, "round_idx": it.round_idx}
-    assert it.posted == vote(progress=4, live_digest=6, chunk_idx=1, num_staged=1, **words, **place)
+    assert it.posted == vote(progress=4, live_digest=5, chunk_idx=1, num_staged=1, **words, **place)
+    run_to(it, it.commit_due)
     assert it.chunk_staged(1, 1)
     assert it.num_staged == 2
     assert it.post_vote(0).progress == 5
@@ -173,6 +174,7 @@ def test_a_commit_that_fails_stops_the_rank(num_before: int) -> None:
     start = it.epoch_start_step
     commit(it, num_before)
     decide_commits(it, 1)
+    it.step_idx = it.commit_due
     assert it.is_commit_due
     round_idx = it.round_idx
     last = it.commit_failed("cannot write")
