@@ -142,9 +142,10 @@ class RebalanceConfig:
     """Most steps between rounds while idle; with a smaller ``step_interval`` that many."""
     commit_bytes: int | Literal["auto"] = "auto"
     """Most bytes of weights that one rank writes in one commit: it bounds the pause of that step. ``auto``: one expert,
-    or as many as fit 8 MiB."""
-    staging_buffers: int = 2
-    """Chunks that may be staged at a time; each costs ``commit_bytes`` to receive and as much to send."""
+    or as many as fit 4 MiB."""
+    staging_buffers: int = 4
+    """Chunks that may be staged at a time, and so decided in one round; each costs ``commit_bytes`` to receive and as
+    much to send. With more of them an epoch takes fewer steps, down to one for each chunk."""
     max_transfer_mb_s: float = 0.0
     """Most megabytes (10**6 bytes) a second that one rank sends in async mode; 0: no limit."""
     max_epoch_bytes: int = 0
