@@ -142,7 +142,7 @@ class RebalanceConfig:
     """Most steps between rounds while idle; with a smaller ``step_interval`` that many."""
     commit_bytes: int | Literal["auto"] = "auto"
     """Most bytes of weights that one rank writes in one commit: it bounds the pause of that step. ``auto``: one expert,
-    or as many as fit 4 MiB."""
+    or as many as fit 8 MiB."""
     staging_buffers: int = 4
     """Chunks that may be staged at a time, and so decided in one round; each costs ``commit_bytes`` to receive and as
     much to send. With more of them an epoch takes fewer steps, down to one for each chunk."""

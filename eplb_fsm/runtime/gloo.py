@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from eplb_fsm.errors import ConsensusTimeout
+from eplb_fsm.runtime.background import unobtrusive_threads
 from eplb_fsm.runtime.domain import Domain
 
 
@@ -16,7 +17,8 @@ def make_group(
 ) -> Any:
     """Connect the ranks of a domain; blocks until all have come.
 
-    Point-to-point calls of such a group take ranks of the domain. torch's type stubs leave its methods out.
+    Point-to-point calls of such a group take ranks of the domain. torch's type stubs leave its methods out. Its threads
+    interrupt no step when a message wakes them; see :func:`~eplb_fsm.runtime.background.unobtrusive_threads`.
 
     Args:
         domain: The ranks.
@@ -31,7 +33,8 @@ def make_group(
     view = domain.store(store, purpose)
     limit_s = timeout_s if start_timeout_s is None else start_timeout_s
     try:
-        group: Any = dist.ProcessGroupGloo(view, domain.rank, domain.world_size, timedelta(seconds=limit_s))
+        with unobtrusive_threads():
+            group: Any = dist.ProcessGroupGloo(view, domain.rank, domain.world_size, timedelta(seconds=limit_s))
     except RuntimeError as error:
         raise ConsensusTimeout(
             f"the {purpose} group of {domain.world_size} ranks could not be connected in {limit_s} s ({error}); see "

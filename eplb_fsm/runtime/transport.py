@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from eplb_fsm.errors import TransferError, TransportLost
-from eplb_fsm.runtime.background import unobtrusive_threads
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.gloo import make_group
 from eplb_fsm.runtime.pending import Done, Pending
@@ -93,8 +92,7 @@ class GlooTransport:
     def __init__(
         self, domain: Domain, store: dist.Store, timeout_s: float, *, start_timeout_s: float | None = None
     ) -> None:
-        with unobtrusive_threads():
-            self._group = make_group(domain, store, "transfer", timeout_s, start_timeout_s=start_timeout_s)
+        self._group = make_group(domain, store, "transfer", timeout_s, start_timeout_s=start_timeout_s)
         self._world_size = domain.world_size
         self._other_rank = (domain.rank + 1) % domain.world_size
 
