@@ -162,7 +162,7 @@ Leaving(c, reason) == [c EXCEPT !.stop = Stop[reason], !.round = @ + 1]
 last_vote(c, reason) == MakeVote(Leaving(c, reason), 0)
 after_last_vote(c, reason) == StopRebalancing(Leaving(c, reason), reason)
 
-(* What the round committed, 0 for nothing. Once that is live, a last vote follows. *)
+(* What the round committed, 0 for nothing. The last vote is cast with it, and once that is live, the rank stops. *)
 resolve_round(c, chunks, reason) ==
     LET known == [c EXCEPT !.posted = NoVote, !.leaving = TRUE, !.stop = Stop[reason]]
         applied == IF chunks > 0 THEN DecideCommits(known, chunks) ELSE AbortEpoch(known, "UNRESOLVED_VOTE")

@@ -116,7 +116,7 @@ Asks(r, action, c) ==
 
 Leaves(r, c, action, reason) ==
     /\ Becomes(r, after_last_vote(c, reason))
-    /\ Casts(r, last_vote(c, reason))
+    /\ IF c.leaving THEN UNCHANGED cast ELSE Casts(r, last_vote(c, reason))
     /\ Calls(action, r, reason)
 
 GiveUp(r, reason) ==
@@ -125,7 +125,7 @@ GiveUp(r, reason) ==
        \/ core[r].leaving /\ core[r].decided = 0 /\ reason = "TIMEOUT"
     /\ Leaves(r, core[r], "GiveUp", reason)
 Close(r) ==
-    \/ Runs(r) /\ Leaves(r, core[r], "Close", "CLOSED")
+    \/ core[r].state # "STOPPED" /\ Leaves(r, core[r], "Close", "CLOSED")
     \/ core[r].state = "STOPPED" /\ Calls("Close", r, "CLOSED") /\ UNCHANGED <<core, cast>>
 (* Nothing, or some of the chunks that it has promised. *)
 ResolveRound(r) ==
@@ -133,8 +133,8 @@ ResolveRound(r) ==
     /\ ReadIsDue(core[r]) /\ InWindow(core[r])
     /\ \E chunks \in 0 .. core[r].posted.staged - core[r].posted.chunk :
           /\ Becomes(r, resolve_round(core[r], chunks, "TIMEOUT"))
+          /\ Casts(r, last_vote(resolve_round(core[r], chunks, "TIMEOUT"), "TIMEOUT"))
           /\ Calls("ResolveRound", r, chunks)
-    /\ UNCHANGED cast
 CommitFailed(r) ==
     /\ CommitIsDue(core[r])
     /\ Leaves(r, core[r], "CommitFailed", "COMMIT_FAILED")

@@ -181,20 +181,21 @@ AskStop(r) == Ask(r, "stop", request_stop(core[r]))
 
 CastVote(r, vote) == cast' = [cast EXCEPT ![r] = <<vote, @[1], @[2]>>]
 (* Votes that all have read are forgotten, once r has read a round. *)
-Forget(r, round) ==
+StillNeeded(r, round) ==
     LET ReadTo(rank) == IF rank = r THEN round ELSE journal[rank].read
         Kept(vote) == IF \E rank \in Ranks : ReadTo(rank) < vote.round THEN vote ELSE NoVote
-    IN cast' = [rank \in Ranks |-> [i \in DOMAIN cast[rank] |-> Kept(cast[rank][i])]]
+    IN [rank \in Ranks |-> [i \in DOMAIN cast[rank] |-> Kept(cast[rank][i])]]
+Forget(r, round) == cast' = StillNeeded(r, round)
 HasVoted(r, round) == \E i \in DOMAIN cast[r] : cast[r][i].round = round
 VoteOf(r, round) == cast[r][CHOOSE i \in DOMAIN cast[r] : cast[r][i].round = round]
 Tally(round) == {VoteOf(r, round) : r \in Ranks}
 
 (* A rank that leaves alone posts one last vote, which says STOP, so that the others follow when they read it. Its
    journal says of which rounds on it votes nothing else, unless it is still in the window: there its last word is
-   that it gave up. *)
+   that it gave up. Whoever has resolved a round has cast it. *)
 Leave(r, c, reason) ==
     /\ core' = [core EXCEPT ![r] = after_last_vote(c, reason)]
-    /\ CastVote(r, last_vote(c, reason))
+    /\ IF c.leaving THEN UNCHANGED cast ELSE CastVote(r, last_vote(c, reason))
     /\ journal' = [journal EXCEPT ![r].stopped_from = c.round + 1,
                                   ![r].gave_up = IF InWindow(c) THEN c.round ELSE @]
 
@@ -344,9 +345,11 @@ ResolveRound(r, reason) ==
     /\ Verdict(r) # Open
     /\ window' = [window EXCEPT ![r] = "resolved"]
     /\ board' = [board EXCEPT ![r] = journal[r]]
-    /\ core' = [core EXCEPT ![r] = resolve_round(@, Verdict(r), reason)]
-    /\ journal' = [journal EXCEPT ![r].read = core[r].posted.round, ![r].read_commits = Verdict(r)]
-    /\ Forget(r, core[r].posted.round)
+    /\ LET resolved == resolve_round(core[r], Verdict(r), reason)
+       IN /\ core' = [core EXCEPT ![r] = resolved]
+          /\ cast' = [StillNeeded(r, core[r].posted.round) EXCEPT ![r] = <<last_vote(resolved, reason), @[1], @[2]>>]
+    /\ journal' = [journal EXCEPT ![r].read = core[r].posted.round, ![r].read_commits = Verdict(r),
+                                  ![r].stopped_from = core[r].round + 1]
     /\ UNCHANGED <<pass, up, jobs, worker, wire, buffers, begun, enqueued, queue, device, budget>>
 
 (* Some rank said nothing for too long: serving on could tear the map. *)
@@ -362,7 +365,7 @@ FailStop(r) ==
 Close(r) ==
     /\ IsUp(r)
     /\ core[r].state # "STOPPED"
-    /\ window[r] = "no"
+    /\ window[r] # "resolving"
     /\ May("close")
     /\ Spend("close")
     /\ Leave(r, core[r], "CLOSED")

@@ -150,10 +150,11 @@ Committing(e, c) ==
     IN IF ~CommitIsDue(c) \/ c.step > c.commit_due THEN Becomes(FALSE, c)
        ELSE Becomes(e.chunk = c.chunk /\ e.earliest = earliest, [after EXCEPT !.earliest = earliest])
 
-(* A rank that leaves alone posts a last vote, which says STOP. *)
+(* A rank that leaves alone posts a last vote, which says STOP; whoever has resolved a round has done so. *)
 LeavesAlone(may, c, reason) ==
     [Becomes(may, after_last_vote(c, reason))
-        EXCEPT !.vote = WithLag(last_vote(c, reason), 0), !.gave_up = InWindow(c), !.window = "no"]
+        EXCEPT !.vote = IF c.leaving THEN NoVote ELSE WithLag(last_vote(c, reason), 0),
+               !.gave_up = InWindow(c), !.window = "no"]
 
 FailingCommit(c) == [LeavesAlone(CommitIsDue(c), c, "COMMIT_FAILED") EXCEPT !.up = "failed"]
 
@@ -173,7 +174,7 @@ Resolving(r, e, c) ==
         after == resolve_round(c, found, e.lost)
     IN IF ~may THEN Becomes(FALSE, c)
        ELSE [Becomes(EarliestIsRight(e, c, decides), [after EXCEPT !.earliest = e.earliest])
-             EXCEPT !.window = "resolved"]
+             EXCEPT !.window = "resolved", !.vote = WithLag(last_vote(after, e.lost), 0)]
 
 Takes(c) == ~CommitIsDue(c) /\ ~ReadIsDue(c)
 

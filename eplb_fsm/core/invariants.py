@@ -230,7 +230,7 @@ def no_transfer_without_consensus(events: Iterable[Recorded]) -> list[str]:
 
 
 def commit_is_decided(events: Iterable[Recorded]) -> list[str]:
-    """No rank commits a chunk that no round has decided, nor reads another round while one is left."""
+    """No rank commits a chunk that no round has decided, nor reads another round or stops alone while one is left."""
     wrong = []
     for own in _History.of(events).by_rank.values():
         num_left = 0
@@ -243,6 +243,8 @@ def commit_is_decided(events: Iterable[Recorded]) -> list[str]:
                 num_left -= 1
                 if num_left < 0:
                     wrong.append(f"rank {event.rank} commits a chunk in epoch {event.epoch} that no round decided")
+            elif event.action == "GiveUp" and num_left > 0:
+                wrong.append(f"rank {event.rank} stops before {num_left} decided commits")
     return wrong
 
 

@@ -85,7 +85,7 @@ class RankCore:
         self.commit_due = NEVER
         """The step at which the first of them is due."""
         self.is_leaving = False
-        """Its last round was resolved over the store: once what that decided is live, this rank gives up."""
+        """Its last round was resolved over the store and its last vote cast: it stops once what was decided is live."""
         self.drained = True
         self.is_frozen = False
         self.last_outcome: Outcome | None = None
@@ -187,8 +187,7 @@ class RankCore:
     @property
     def next_due(self) -> int:
         """The next step at which there is anything to do; before it a step costs one comparison."""
-        due = self.post_due if self.posted is None else self.read_due
-        return min(due, self.commit_due) if self.num_decided else due
+        return min(self.commit_due, self.post_due if self.posted is None else self.read_due)
 
     @property
     def in_window(self) -> bool:
@@ -213,8 +212,11 @@ class RankCore:
         self._schedule_next()
         return decision
 
-    def resolve_round(self, num_chunks: int, reason: StopReason) -> Decision:
-        """Spec: ResolveRound. Applies the decision that was found over the store; a last STOP vote follows.
+    def resolve_round(self, num_chunks: int, reason: StopReason) -> tuple[Decision, Vote]:
+        """Spec: ResolveRound. Applies the decision that was found over the store; this rank gives up once it is live.
+
+        Returns the decision, to be carried out, and the last vote, which says STOP, to be posted at once: the others
+        may read it as soon as what was decided is live.
 
         Args:
             num_chunks: How many chunks the round committed, 0 for none.
@@ -230,14 +232,14 @@ class RankCore:
             decision = Decision(DecisionKind.ABORT, AbortReason.UNRESOLVED_VOTE)
             self._abort(decision)
         self._schedule_next()
-        return decision
+        return decision, self._make_vote(0)._replace(round_idx=self.round_idx + 1)
 
     # -- commits that a round has decided -------------------------------------------------------------------
 
     @property
     def is_commit_due(self) -> bool:
         """True when the next decided chunk becomes live at this step, before the next forward pass."""
-        return self.num_decided > 0 and self.step_idx >= self.commit_due
+        return self.step_idx >= self.commit_due
 
     def commit_chunk(self, live_digest: int) -> None:
         """Spec: CommitChunk, and FinishEpoch after the last one. The chunk is live: call it once that is done.
@@ -251,7 +253,7 @@ class RankCore:
         self.live_digest = live_digest
         self.chunk_idx += 1
         self.num_decided -= 1
-        self.commit_due = self.step_idx + self._steps_per_commit
+        self.commit_due = self.step_idx + self._steps_per_commit if self.num_decided else NEVER
         if self.chunk_idx == self.plan.num_chunks:
             cooldown = self.config.cooldown_steps
             self.earliest_next_step = self.step_idx + cooldown if cooldown else self.earliest_next_step
@@ -259,16 +261,17 @@ class RankCore:
         if self.posted is None:
             self._schedule_next()
 
-    def commit_failed(self, detail: str) -> Vote:
+    def commit_failed(self, detail: str) -> Vote | None:
         """Spec: CommitFailed. A chunk that a round decided to commit is not live here, so no forward pass may follow.
 
-        Returns the last vote, which says STOP, to be posted at once.
+        Returns the last vote, which says STOP, to be posted at once; None if it was posted before.
         """
         return self._last_vote("give_up", StopReason.COMMIT_FAILED, detail)
 
-    def give_up(self, reason: StopReason, detail: str) -> Vote:
+    def give_up(self, reason: StopReason, detail: str) -> Vote | None:
         """Spec: GiveUp. Stops alone; returns the last vote, which says STOP, to be posted at once.
 
+        None after a resolution, which has cast it.
         Legal only outside the uncertainty window, or after the round in it was resolved and what that decided is live.
         """
         assert not self.in_window
@@ -276,7 +279,7 @@ class RankCore:
         return self._last_vote("give_up", reason, detail)
 
     def close(self) -> Vote | None:
-        """Spec: Close. Returns the last vote, which says STOP, to be posted at once; None if already stopped.
+        """Spec: Close. Returns the last vote, which says STOP, to be posted at once; None if it was posted before.
 
         A round that is out is not read any more; inside the window the caller must have made that binding first.
         """
@@ -284,10 +287,10 @@ class RankCore:
             return None
         return self._last_vote("close", StopReason.CLOSED, "closed")
 
-    def _last_vote(self, action: str, reason: StopReason, detail: str) -> Vote:
+    def _last_vote(self, action: str, reason: StopReason, detail: str) -> Vote | None:
         self._stop_word = encode_reason(reason, self.rank)
         self.round_idx += 1
-        vote = self._make_vote(0)
+        vote = None if self.is_leaving else self._make_vote(0)
         self._stop(action, reason, detail)
         return vote
 
@@ -438,6 +441,7 @@ class RankCore:
         self.chunk_idx = 0
         self.num_staged = 0
         self.num_decided = 0
+        self.commit_due = NEVER
         self._abort_word = 0
         self._enter(action)
 

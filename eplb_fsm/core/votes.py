@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from eplb_fsm.core.reasons import AbortReason, StopReason, decode_reason
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Compared by every rank through the store before the first round, and again in each vote."""
 
 
@@ -138,7 +138,7 @@ class Decision:
     detail: str = ""
     """For a word that must be equal and is not: its name and both values."""
     num_chunks: int = 0
-    """For COMMIT, how many chunks: one becomes live at each of the steps that follow."""
+    """For COMMIT, how many chunks: one becomes live at each of the steps that follow, in sync mode all at this one."""
 
 
 _NONE = Decision(DecisionKind.NONE)

@@ -10,7 +10,7 @@ from typing import NoReturn
 from eplb_fsm.core.rank import Outcome, RankCore
 from eplb_fsm.core.reasons import AbortReason, StopReason
 from eplb_fsm.core.states import State
-from eplb_fsm.core.votes import Decision, DecisionKind, Tally
+from eplb_fsm.core.votes import Decision, DecisionKind, Tally, Vote
 from eplb_fsm.errors import ConsensusTimeout, EplbError, FailStop, UsageError
 from eplb_fsm.observe.recorder import EventRecorder
 from eplb_fsm.runtime import worker as messages
@@ -58,7 +58,7 @@ class Driver:
         self.num_outcomes = {"COMMITTED": 0, "SKIPPED": 0, "ABORTED": 0, "FAILED": 0}
 
     def run(self, step_idx: int, pass_id: int, now: float) -> Wait | None:
-        """Read, commit what was decided, take what the worker reports, vote; in sync mode as often as it takes.
+        """Commit what is due, read, take what the worker reports, vote; in sync mode (lag 0) as often as it takes.
 
         Returns:
             None when the step is done, else what it waits for; then call it again.
@@ -162,8 +162,9 @@ class Driver:
         elif isinstance(result, Lost):
             self._give_up(result)
         elif isinstance(result, Resolved):
-            decision = self.core.resolve_round(result.num_chunks, result.lost.reason)
+            decision, last_vote = self.core.resolve_round(result.num_chunks, result.lost.reason)
             self._rounds.note_decision(round_idx, result.num_chunks)
+            self._rounds.post_last(last_vote)
             self._lost = result.lost
             self._carry_out(decision, "ResolveRound", result.lost.reason.name)
         else:
@@ -221,7 +222,7 @@ class Driver:
                 self._rounds.give_up_reading(core.round_idx)
             vote = core.commit_failed(detail)
             self._recorder.record("CommitFailed", text=detail, outcome=self._note_outcome())
-            self._rounds.post_last(vote)
+            self._post_last(vote)
             self._fail_stop(FailStop(detail, [core.rank]))
         chunk = core.chunk_idx
         core.commit_chunk(self._runner.live_digest)
@@ -229,6 +230,10 @@ class Driver:
             self._end_transfer()
         outcome = self._note_outcome()
         self._recorder.record("CommitChunk", chunk=chunk, outcome=outcome, earliest_next_step=core.earliest_next_step)
+
+    def _post_last(self, vote: Vote | None) -> None:
+        if vote is not None:  # else it is out, since a resolution
+            self._rounds.post_last(vote)
 
     def _end_transfer(self) -> None:
         """The last chunk is live: keep what moving them took."""
@@ -251,7 +256,7 @@ class Driver:
         self._parts.watch_closely()
         vote = self.core.give_up(lost.reason, detail)
         self._recorder.record("GiveUp", reason=lost.reason.name, outcome=self._note_outcome())
-        self._rounds.post_last(vote)
+        self._post_last(vote)
         self._runner.drop()
         logger.error("rank %d: rebalancing stopped (%s): %s", self.core.rank, lost.reason.name, detail)
 

@@ -246,7 +246,9 @@ def test_a_dead_worker_is_an_abort_and_shows_in_health() -> None:
 
 def _promise_broken(link: RankLink, how: str) -> list[Any]:
     writer = FaultyMapWriter(link.world_size)
-    options = {"slot": {"integrity": "slot"}, "shares": {"replica_split": "weighted"}}.get(how, {})
+    # All rows are damaged, also those that another chunk would send if it were staged ahead of the check.
+    slot: dict[str, Any] = {"integrity": "slot", "staging_buffers": 1}
+    options = {"slot": slot, "shares": {"replica_split": "weighted"}}.get(how, {})
     loop = DecodeLoop(link, lockstep=False, connect={"map_writer": writer}, **SHORT, **options)
     fsm = loop.fsm
     fsm._parts.own_maps = writer  # type: ignore[assignment]

@@ -250,5 +250,6 @@ def _post_vote(core: RankCore, pass_id: int, drained: bool) -> Vote:
     return core.post_vote(pass_id)
 
 
-def _resolve_round(core: RankCore, num_chunks: int) -> None:
-    core.resolve_round(num_chunks, StopReason.TIMEOUT)
+def _resolve_round(core: RankCore, num_chunks: int) -> Vote:
+    _, last_vote = core.resolve_round(num_chunks, StopReason.TIMEOUT)
+    return last_vote

@@ -127,9 +127,10 @@ def test_the_graphs_make_every_call() -> None:
     assert {method for name in GRAPHS for method in compare(name).methods} == METHODS
 
 
-def _give_up_in_silence(core: RankCore, action: str, reason: StopReason, detail: str) -> Vote:
+def _give_up_in_silence(core: RankCore, action: str, reason: StopReason, detail: str) -> Vote | None:
     """The last vote says nothing of the STOP."""
-    return LAST_VOTE(core, action, reason, detail)._replace(stop=0)
+    vote = LAST_VOTE(core, action, reason, detail)
+    return vote._replace(stop=0) if vote is not None else None
 
 
 def _forget_request(core: RankCore, decision: Decision) -> None:

@@ -108,8 +108,7 @@ class Rank:
         core = self.core
         while core.is_commit_due:
             if self.fails_next_commit:
-                self.cast(core.commit_failed("no"))
-                self.note("CommitFailed", text="no")
+                self.stop_alone(lambda: core.commit_failed("no"), "CommitFailed", text="no")
                 return
             chunk = core.chunk_idx
             core.commit_chunk(core.live_digest + 1)
@@ -133,12 +132,14 @@ class Rank:
                 core.chunk_staged(core.epoch, chunk_idx)
                 self.note("ChunkStaged")
 
-    def stop_alone(self, leave: Callable[[], Vote | None], action: str) -> None:
-        """Close or give up, with a last vote."""
+    def stop_alone(self, leave: Callable[[], Vote | None], action: str, **detail: object) -> None:
+        """Close or give up, with a last vote if that is not out yet."""
+        was_up = self.is_up
         vote = leave()
         if vote is not None:
             self.cast(vote)
-            self.note(action)
+        if was_up:
+            self.note(action, **detail)
 
 
 class _Into:
@@ -198,7 +199,9 @@ class Group:
     def _resolve(self, rank: Rank, journals: list[Journal], round_idx: int) -> None:
         num_chunks = resolve(journals, round_idx)
         assert num_chunks is not None  # all have said what they know
-        rank.carry_out(rank.core.resolve_round(num_chunks, StopReason.TIMEOUT), "ResolveRound")
+        decision, last_vote = rank.core.resolve_round(num_chunks, StopReason.TIMEOUT)
+        rank.cast(last_vote)
+        rank.carry_out(decision, "ResolveRound")
 
     def happen(self, deed: str, rank_idx: int) -> None:
         """Let something happen to a rank that still votes."""

@@ -167,7 +167,7 @@ def commit_at_once(patch: Patch) -> None:
 
     def commit_without_pass(self: RankCore, live_digest: int) -> None:
         commit_chunk(self, live_digest)
-        if self.is_leaving:
+        if self.is_leaving and self.num_decided:
             self.commit_due = self.step_idx
 
     patch.setattr(RankCore, "commit_chunk", commit_without_pass)
@@ -177,7 +177,7 @@ def leave_early(patch: Patch) -> None:
     """A rank that has resolved a round leaves before all of it is live."""
     resolve_round = RankCore.resolve_round
 
-    def resolve_to_one(self: RankCore, num_chunks: int, reason: StopReason) -> Decision:
+    def resolve_to_one(self: RankCore, num_chunks: int, reason: StopReason) -> tuple[Decision, Vote]:
         return resolve_round(self, min(num_chunks, 1), reason)
 
     patch.setattr(RankCore, "resolve_round", resolve_to_one)

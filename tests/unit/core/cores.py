@@ -7,7 +7,7 @@ from typing import Any
 
 from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.core.rank import PlanTerms, RankCore
-from eplb_fsm.core.votes import Decision, DecisionKind, Progress, Vote, tally_votes
+from eplb_fsm.core.votes import PROTOCOL_VERSION, Decision, DecisionKind, Progress, Vote, tally_votes
 
 PLAN = PlanTerms(digest=77, num_chunks=2, deadline_steps=40)
 
@@ -30,7 +30,7 @@ def config(**changes: Any) -> RebalanceConfig:
 def vote(**changes: int) -> Vote:
     """The vote of a rank that is idle and drained."""
     words = dict.fromkeys(Vote._fields, 0)
-    return Vote(**{**words, "protocol_version": 1, "drained": 1, "lag": 2, **changes})
+    return Vote(**{**words, "protocol_version": PROTOCOL_VERSION, "drained": 1, "lag": 2, **changes})
 
 
 def core(*, lag: int = 2, rank: int = 0, live_digest: int = 5, **changes: Any) -> RankCore:

@@ -178,6 +178,7 @@ BAD: list[tuple[str, Sequence[Event], list[str]]] = [
         [*changed(READ, num_chunks=3), event(1, 4, "ReadRound", decision="NONE")],
         ["rank 1 reads round 4 before 2 decided commits"],
     ),
+    ("commit_is_decided", [*changed(READ, num_chunks=2), GIVES_UP], ["rank 1 stops before 1 decided commits"]),
     (
         "same_decision",
         changed(READ, num_chunks=2),

@@ -6,7 +6,7 @@ import pytest
 from cores import PLAN, commit, core, decide_commits, run_to, run_until, skip_epoch, transferring
 
 from eplb_fsm.core.deadlines import deadline_steps, epoch_bound_steps
-from eplb_fsm.core.rank import NEVER, RankCore
+from eplb_fsm.core.rank import NEVER, PlanTerms, RankCore
 from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason, decode_reason, encode_reason
 from eplb_fsm.core.states import State
 from eplb_fsm.core.votes import DecisionKind, tally_votes
@@ -115,6 +115,27 @@ def test_late_phases_never_pass_the_bound(lag: int) -> None:
     assert outcome is not None
     bound = epoch_bound_steps(it.config, lag, PLAN.deadline_steps)
     assert bound - 6 * lag - it.config.staging_buffers <= outcome.end_step - outcome.start_step <= bound
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 4, 7])
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_commits_put_an_abort_off_by_no_more_than_buffers(lag: int, buffers: int) -> None:
+    """An epoch whose rounds commit as many chunks as there are buffers stays within its bound, whatever its deadline."""
+    for deadline in range(12):
+        it = core(lag=lag, staging_buffers=buffers, collecting_deadline_steps=1, computing_deadline_steps=1)
+        it.request_rebalance()
+        run_until(it, DecisionKind.START)
+        it.load_collected(1)
+        it.plan_ready(1, PlanTerms(77, num_chunks=1000, deadline_steps=deadline))
+        run_until(it, DecisionKind.BEGIN)
+        begin = it.step_idx
+        while it.is_active:
+            it.chunk_staged(1, it.chunk_idx + it.num_decided + buffers - 1)
+            run_to(it, it.step_idx + 1)
+        outcome = it.last_outcome
+        assert outcome is not None
+        assert outcome.reason is AbortReason.DEADLINE_TRANSFERRING
+        assert outcome.end_step - begin <= deadline + 2 * lag + buffers - 1
 
 
 def run_to_last_posting(it: RankCore) -> None:
@@ -271,7 +292,8 @@ def test_a_resolved_round(num_chunks: int) -> None:
     run_to(it, it.read_due)
     it.step_idx = it.read_due
     round_idx = it.round_idx
-    decision = it.resolve_round(num_chunks, StopReason.TIMEOUT)
+    decision, last = it.resolve_round(num_chunks, StopReason.TIMEOUT)
+    assert (last.round_idx, last.stop) == (round_idx + 1, encode_reason(StopReason.TIMEOUT, 0))
     assert decision.kind is (DecisionKind.COMMIT if num_chunks else DecisionKind.ABORT)
     for left in range(num_chunks, 0, -1):
         it.step_idx += 1
@@ -282,9 +304,8 @@ def test_a_resolved_round(num_chunks: int) -> None:
         it.commit_chunk(it.live_digest + 1)
         assert not it.is_commit_due
         assert it.post_due == NEVER
-    last = it.give_up(StopReason.TIMEOUT, "late")
-    assert (last.round_idx, last.stop) == (round_idx + 1, encode_reason(StopReason.TIMEOUT, 0))
-    assert it.state is State.STOPPED
+    assert it.give_up(StopReason.TIMEOUT, "late") is None  # its last vote is out
+    assert (it.state, it.round_idx) == (State.STOPPED, round_idx + 1)
     outcome = it.last_outcome
     assert outcome is not None
     assert outcome.kind is (OutcomeKind.FAILED if num_chunks else OutcomeKind.ABORTED)

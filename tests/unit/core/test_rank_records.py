@@ -226,7 +226,7 @@ def test_a_resolved_round_leaves_a_wish_to_stop(committed: bool) -> None:
     it = transferring(core(rank=3))
     it.chunk_staged(1, 0)
     run_to(it, it.read_due)
-    decision = it.resolve_round(int(committed), StopReason.TIMEOUT)
+    decision, _ = it.resolve_round(int(committed), StopReason.TIMEOUT)
     assert it.posted is None
     assert it.wishes[3] == encode_reason(StopReason.TIMEOUT, 3)
     assert decision.reason == (None if committed else AbortReason.UNRESOLVED_VOTE)
