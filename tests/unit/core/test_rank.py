@@ -120,7 +120,7 @@ def test_late_phases_never_pass_the_bound(lag: int) -> None:
 @pytest.mark.parametrize("buffers", [1, 2, 4, 7])
 @pytest.mark.parametrize("lag", [1, 2, 3])
 def test_commits_put_an_abort_off_by_no_more_than_buffers(lag: int, buffers: int) -> None:
-    """An epoch whose rounds commit as many chunks as there are buffers stays within its bound, whatever its deadline."""
+    """An epoch whose rounds commit a chunk for each buffer stays within its bound, whatever its deadline."""
     for deadline in range(12):
         it = core(lag=lag, staging_buffers=buffers, collecting_deadline_steps=1, computing_deadline_steps=1)
         it.request_rebalance()
