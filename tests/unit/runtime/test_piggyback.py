@@ -7,7 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_fsm.core.votes import NUM_VOTE_WORDS, Vote, tally_votes
+from eplb_fsm.config import RebalanceConfig
+from eplb_fsm.core.rank import PlanTerms, RankCore
+from eplb_fsm.core.reasons import StopReason
+from eplb_fsm.core.votes import NUM_VOTE_WORDS, DecisionKind, Vote, tally_votes
 from eplb_fsm.errors import ChannelError
 from eplb_fsm.runtime.channel import PiggybackVoteChannel, join_int32, split_int32
 from eplb_fsm.runtime.domain import Domain
@@ -70,3 +73,40 @@ def test_a_last_vote_leaves_after_close() -> None:
     channel.post(_vote(4, stop=1))
     channel.close()
     assert tuple(channel.outgoing().tolist()) == _vote(4, stop=1)
+
+
+@pytest.mark.parametrize("num_chunks", range(1, 5))
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_the_last_vote_of_a_rank_that_resolved_a_round_is_there_when_the_others_read(lag: int, num_chunks: int) -> None:
+    """However many chunks it still makes live, the others read its STOP in the next round, which no pass waits for."""
+    config = RebalanceConfig(step_interval=0, idle_round_interval=1, staging_buffers=4)
+    cores = [RankCore(rank, config, 0, lag=lag) for rank in range(2)]
+    channels = [PiggybackVoteChannel(Domain(rank, 2)) for rank in range(2)]
+    cores[0].request_rebalance()
+    ended = False
+    while not ended:
+        gathered = torch.stack([channel.outgoing() for channel in channels])  # the forward pass
+        for core, channel in zip(cores, channels, strict=True):
+            channel.deliver(gathered)
+            core.step_idx += 1
+            if core.is_commit_due:
+                core.commit_chunk(core.live_digest + 1)
+            if core.posted is not None and core.step_idx >= core.read_due:
+                tally = channel.poll(core.round_idx)
+                assert tally is not None
+                if core.rank == 1 and core.in_window:  # it loses what the other one reads
+                    _, last_vote = core.resolve_round(num_chunks, StopReason.TIMEOUT)
+                    channel.post(last_vote)
+                    continue
+                ended = core.read_round(tally).kind is DecisionKind.STOP
+            if core.load_collected(core.epoch):
+                core.plan_ready(core.epoch, PlanTerms(digest=1, num_chunks=9, deadline_steps=50))
+            core.chunk_staged(core.epoch, num_chunks - 1)
+            if core.posted is None and core.step_idx >= core.post_due:
+                channel.post(core.post_vote(0))
+            if ended:
+                break
+    assert cores[0].stop_reason is StopReason.TIMEOUT
+    assert cores[0].live_digest == num_chunks
+    assert cores[0].last_outcome is not None
+    assert cores[0].last_outcome.num_commits == num_chunks
