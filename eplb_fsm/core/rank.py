@@ -371,10 +371,10 @@ class RankCore:
     @property
     def _may_post_next(self) -> bool:
         """Whether a round posted now has something to decide, and finds what was decided before it live."""
-        if not self.num_decided:
+        if not self.num_decided or self.is_leaving:
             return not self.is_leaving
         assert self.plan is not None
-        return not self.is_leaving and self._next_chunk < self.plan.num_chunks and self.num_decided <= self.lag
+        return self._next_chunk < self.plan.num_chunks and self.num_decided <= self.lag
 
     def _schedule_next(self) -> None:
         """While active the next round follows as soon as it may, while idle at the next multiple of the interval."""

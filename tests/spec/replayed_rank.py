@@ -103,12 +103,12 @@ class ReplayedRank:
     def _local_calls(self, own: Snapshot) -> Calls:
         if own.is_commit_due:
             yield from self._commits()
+        if "Close" in self._may:
+            yield "Close", "CLOSED", lambda core: core.close()
         if own.attributes["is_leaving"]:
             if own.has_left:
                 yield self._give_up(StopReason.TIMEOUT)
             return
-        if "Close" in self._may:
-            yield "Close", "CLOSED", lambda core: core.close()
         takes = own.attributes["posted"] is None and not own.is_commit_due
         if takes:
             yield from self._late_results(own)

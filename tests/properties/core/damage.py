@@ -138,6 +138,7 @@ DAMAGES: dict[str, Damage] = {
     ),
     "a commit that no round has decided": Damage("commit_is_decided", COMMITS, then(chunk=-1)),
     "a commit that is left out": Damage("commit_is_decided", COMMITS, missing),
+    "a rank that leaves before a commit": Damage("commit_is_decided", COMMITS, with_(action="GiveUp", state="STOPPED")),
     "a start on a rank that is not drained": Damage("no_stale_receive", votes("START"), with_(is_drained=False)),
     "a commit after a vote to abort": Damage("no_commit_after_abort", votes("COMMIT"), with_(abort=1)),
     "a commit after a vote to stop": Damage("no_commit_after_abort", votes("COMMIT"), with_(stop=1)),

@@ -285,7 +285,7 @@ def test_a_staged_vote_that_refuses_is_no_promise(word: str) -> None:
 
 @pytest.mark.parametrize("num_chunks", [0, 1, 2])
 def test_a_resolved_round(num_chunks: int) -> None:
-    """A decision found over the store is applied like one that was read, and a last STOP vote follows the commits."""
+    """A decision found over the store is applied like one that was read; a last STOP vote goes out with it."""
     it = transferring(core(), num_chunks=3)
     it.chunk_staged(it.epoch, 0)
     it.chunk_staged(it.epoch, 1)
