@@ -19,6 +19,7 @@ from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.channel import GlooVoteChannel, VoteChannel
 from eplb_fsm.runtime.domain import Domain, Handshake, check_equal
 from eplb_fsm.runtime.marks import BackgroundMarkBoard, StoreMarkBoard
+from eplb_fsm.runtime.mesh import MeshVoteChannel
 from eplb_fsm.runtime.parts import EngineSide, Links, Parts, assemble, make_staging
 from eplb_fsm.runtime.transport import GlooTransport, Transport
 from eplb_fsm.runtime.watchdog import Watchdog
@@ -26,6 +27,8 @@ from eplb_fsm.runtime.worker import InlineWorker, Mailbox, ThreadWorker, Worker
 
 _GROUP_TIMEOUT_FACTOR = 100
 """A gloo group's own timeout over the vote timeout: after its own the group would be broken for good."""
+_MAX_MESH_RANKS = 16
+"""More ranks vote by a reduction."""
 _MAX_WATCHDOG_INTERVAL_S = 0.5
 _AUTO_LAG = 2
 """Lag at start with ``lag="auto"`` on a host that is not ahead of its device."""
@@ -92,9 +95,7 @@ def _connect(
         opened.callback(planner.close)
     lag = _compare_ranks(handshake, domain, engine, config)
     if channel is None:
-        channel = GlooVoteChannel(
-            domain, store, config.vote_timeout_s * _GROUP_TIMEOUT_FACTOR, start_timeout_s=config.start_timeout_s
-        )
+        channel = _make_channel(domain, store, config)
         opened.callback(channel.close)
     if transport is None:
         transport = GlooTransport(domain, store, config.transfer_timeout_s, start_timeout_s=config.start_timeout_s)
@@ -112,6 +113,13 @@ def _connect(
     return assemble(
         domain, config, engine, links, task, staging=staging, mailbox=mailbox, worker=worker, planner=planner
     )
+
+
+def _make_channel(domain: Domain, store: dist.Store, config: RebalanceConfig) -> VoteChannel:
+    if domain.world_size <= _MAX_MESH_RANKS:
+        return MeshVoteChannel(domain, store, start_timeout_s=config.start_timeout_s)
+    timeout_s = config.vote_timeout_s * _GROUP_TIMEOUT_FACTOR
+    return GlooVoteChannel(domain, store, timeout_s, start_timeout_s=config.start_timeout_s)
 
 
 def _make_worker(config: RebalanceConfig, domain: Domain, mailbox: Mailbox) -> Worker:

@@ -1,0 +1,115 @@
+"""One TCP connection between this rank and every other: what has no threads, and so wakes none.
+
+Ranks find each other through the store. Each listens at the address from which it reaches the store's host, tells the
+others, connects to the ranks below it and is connected to by those above.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import secrets
+import socket
+import struct
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from eplb_fsm.errors import ConsensusTimeout
+from eplb_fsm.runtime.domain import Domain
+
+_TOKEN_BYTES = 16
+_HELLO = struct.Struct(f"!I{_TOKEN_BYTES}s")
+"""What the one who connects says first: its rank, and the token of the one it connects to."""
+_HELLO_TIMEOUT_S = 5.0
+_ANY_PORT = 0
+
+
+def connect_peers(domain: Domain, store: dist.Store, purpose: str, timeout_s: float) -> dict[int, socket.socket]:
+    """Connect every rank of a domain to every other; blocks until all have come.
+
+    Args:
+        domain: The ranks.
+        store: Where they find each other; of a ``TCPStore``, also behind a prefix, the host tells which network to use.
+        purpose: Keeps the connections of a domain apart in the store.
+        timeout_s: Longest wait for the others.
+
+    Returns:
+        By rank, a non-blocking socket that sends at once what it is given.
+
+    Raises:
+        ConsensusTimeout: Naming the ranks that could not be connected.
+    """
+    view = domain.store(store, purpose)
+    deadline = time.monotonic() + timeout_s
+    peers: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as opened:
+        try:
+            listener, token = _listen(_own_address(store)), secrets.token_bytes(_TOKEN_BYTES)
+            with listener:
+                view.set(str(domain.rank), json.dumps([*listener.getsockname()[:2], token.hex()]))
+                for rank in range(domain.rank):
+                    peers[rank] = opened.enter_context(_call(view, rank, domain.rank, deadline))
+                while len(peers) < domain.world_size - 1:
+                    rank, peer = _answer(listener, token, deadline)
+                    peers[rank] = opened.enter_context(peer)
+        except (OSError, RuntimeError) as error:  # torch's stores raise the latter
+            missing = [r for r in range(domain.world_size) if r != domain.rank and r not in peers]
+            raise ConsensusTimeout(
+                f"the {purpose} connections to ranks {missing} could not be made in {timeout_s} s ({error}); see the "
+                "logs of the other ranks, and that they reach each other over the network on which they reach the store"
+            ) from error
+        opened.pop_all()
+    for peer in peers.values():
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.setblocking(False)
+    return peers
+
+
+def _own_address(store: dist.Store) -> str:
+    """The address of this machine on the way to the store's host."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    host, port = (store.host, store.port) if isinstance(store, dist.TCPStore) else (socket.gethostname(), 1)
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # of a datagram socket: finds the way, sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _listen(address: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, _ANY_PORT), family=family, backlog=socket.SOMAXCONN)
+
+
+def _call(view: dist.Store, rank: int, own_rank: int, deadline: float) -> socket.socket:
+    view.wait([str(rank)], timedelta(seconds=_left(deadline)))
+    address, port, token = json.loads(view.get(str(rank)))
+    peer = socket.create_connection((address, port), timeout=_left(deadline))
+    peer.sendall(_HELLO.pack(own_rank, bytes.fromhex(token)))
+    return peer
+
+
+def _answer(listener: socket.socket, token: bytes, deadline: float) -> tuple[int, socket.socket]:
+    """Take the next connection of a rank; one from anybody else is closed."""
+    while True:
+        listener.settimeout(_left(deadline))
+        caller, _ = listener.accept()
+        try:
+            caller.settimeout(min(_HELLO_TIMEOUT_S, _left(deadline)))
+            rank, said = _HELLO.unpack(caller.recv(_HELLO.size, socket.MSG_WAITALL))
+        except (OSError, struct.error):
+            caller.close()
+            continue
+        if hmac.compare_digest(said, token):
+            return rank, caller
+        caller.close()
+
+
+def _left(deadline: float) -> float:
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError("time is up")
+    return left_s
