@@ -353,7 +353,7 @@ class RankCore:
             self.wanted_lag = max(self.wanted_lag, self.lag)
             self.is_frozen = kind is DecisionKind.FREEZE
         if kind is DecisionKind.START:
-            self._start()
+            self._start(tally.largest.step_idx)
         elif kind is DecisionKind.SKIP:
             self._finish("skip_epoch", OutcomeKind.SKIPPED)
         elif kind is DecisionKind.BEGIN:
@@ -386,15 +386,15 @@ class RankCore:
             last = self.step_idx - 1 if self.lag else self.step_idx
             self.post_due = (last // self.idle_interval + 1) * self.idle_interval
 
-    def _start(self) -> None:
+    def _start(self, posted_at: int) -> None:
         self.epoch += 1
         self.epoch_start_step = self.step_idx
-        self.chunk_idx = 0
-        self.num_staged = 0
+        self.chunk_idx = self.num_staged = 0
         self.plan = None
         self._abort_word = 0
         self._wants_rebalance = False
-        self._interval_due = self.step_idx + self.config.step_interval if self.config.step_interval else NEVER
+        # From then, not from now: idle rounds are posted at multiples of a small interval, when the next epoch is due.
+        self._interval_due = posted_at + self.config.step_interval if self.config.step_interval else NEVER
         self._enter("start_epoch")
 
     @property

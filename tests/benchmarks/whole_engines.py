@@ -1,8 +1,8 @@
 """Whole engines on CPUs, with their own rebalance and with this library's: what they call after a forward pass, timed.
 
 vLLM's asynchronous EPLB and SGLang's blocking rebalance against this library in their place, with its own policy and
-with DeepSeek's, which is theirs: the same model (tiny), requests, ranks and interval, one engine after the other,
-several times. ``make test-engines`` makes the environments; then
+with DeepSeek's, which is theirs: the same model (random, 8 layers, 64 experts in 72 slots, 1.5 MB each), requests,
+ranks and interval, one engine after the other, several times. ``make test-engines`` makes the environments; then
 
     SERVING_SGLANG_VENV=$PWD/.venv-sglang SERVING_VLLM_VENV=$PWD/.venv-vllm python -m tests.benchmarks.whole_engines
 """
@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.benchmarks.ranks import report
-from tests.serving.driving import BACKGROUND
 from tests.serving.sglang import checkpoint as sglang_checkpoint
 from tests.serving.sglang import harness as sglang
+from tests.serving.sizes import SERVING_WORK
 from tests.serving.vllm import checkpoint as vllm_checkpoint
 from tests.serving.vllm import harness as vllm
 from tests.serving.vllm.test_own_eplb import OWN_EPLB
 
-INTERVAL = 24
+INTERVAL = 96
 """Passes between two rebalances; all figures called so are of so many steps."""
-NUM_ROUNDS = 4
-WARM_UP = 2 * INTERVAL
+NUM_ROUNDS = 8
+NUM_REDUNDANT = 8
+WARM_UP = INTERVAL + INTERVAL // 2
 """Steps that are left out: of the first pass and of the first rebalance."""
 
 Run = Callable[[Path, Mapping[str, str]], str]
@@ -51,6 +52,13 @@ class Contender(NamedTuple):
 
 
 OURS = r"epoch \d+: COMMITTED"
+EVEN_IF_SMALL = {
+    "EPLB_FSM_MIN_GAIN": "0",
+    "EPLB_FSM_HORIZON_STEPS": "0",
+    "EPLB_FSM_TARGET_BALANCEDNESS": "1",
+}
+"""Rebalance for any gain, as the others do; everything else is at its default."""
+BACKGROUND = {"ENABLE_EPLB_REBALANCE_ASYNC": "1", **EVEN_IF_SMALL}
 DEEPSEEK = {"EPLB_FSM_POLICY": "deepseek_global"}
 CONTENDERS = {
     "vllm_async": Contender("vllm", r"Rearranging experts \(async mode\)", {}),
@@ -64,16 +72,21 @@ CONTENDERS = {
 
 def run_vllm(folder: Path, variables: Mapping[str, str]) -> str:
     """Generate with two ranks."""
-    config = {**OWN_EPLB["eplb_config"], "step_interval": INTERVAL}
-    model = vllm_checkpoint.make_checkpoint(folder)
+    config = {
+        "use_async": True,
+        "step_interval": INTERVAL,
+        "window_size": INTERVAL // 3,
+        "num_redundant_experts": NUM_REDUNDANT,
+    }
+    model = vllm_checkpoint.make_checkpoint(folder, size=SERVING_WORK)
     llm = {**OWN_EPLB, "eplb_config": config}
     return vllm.run_engine(model, rounds=NUM_ROUNDS, environment=variables, **llm).log
 
 
 def run_sglang(folder: Path, variables: Mapping[str, str]) -> str:
     """Generate with two ranks."""
-    model = sglang_checkpoint.make_checkpoint(folder / "model")
-    arguments = sglang.own_eplb(INTERVAL)
+    model = sglang_checkpoint.make_checkpoint(folder / "model", SERVING_WORK)
+    arguments = sglang.own_eplb(INTERVAL, NUM_REDUNDANT)
     return sglang.run_engine(
         model, folder, ranks=2, arguments=arguments, variables=variables, tokens=96, rounds=NUM_ROUNDS
     ).log

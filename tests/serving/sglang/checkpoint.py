@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-NUM_LAYERS = 3
-NUM_EXPERTS = 16
+from tests.serving.sizes import ModelSize
+
 TOP_K = 4
 VOCABULARY = 256
-_HIDDEN, _INTERMEDIATE = 64, 32
+_TINY = ModelSize(layers=3, experts=16, hidden=64, intermediate=32)
 _HEADS, _KV_HEADS, _HEAD = 4, 2, 16
 _SEED = 20250729
 
@@ -21,12 +21,12 @@ _SEED = 20250729
 _SPREAD = 0.3
 
 
-def make_checkpoint(folder: Path) -> Path:
+def make_checkpoint(folder: Path, size: ModelSize = _TINY) -> Path:
     """Write the checkpoint; the same bytes every time. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(_weights()), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(dict(_weights(size)), folder / "model.safetensors", metadata={"format": "pt"})
     for name, content in {
-        "config.json": _config(),
+        "config.json": _config(size),
         "tokenizer.json": _tokenizer(),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -39,19 +39,19 @@ def make_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def _config() -> dict[str, object]:
+def _config(size: ModelSize) -> dict[str, object]:
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "torch_dtype": "float32",
-        "hidden_size": _HIDDEN,
-        "intermediate_size": _INTERMEDIATE,
-        "moe_intermediate_size": _INTERMEDIATE,
-        "num_hidden_layers": NUM_LAYERS,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "moe_intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
         "num_attention_heads": _HEADS,
         "num_key_value_heads": _KV_HEADS,
         "head_dim": _HEAD,
-        "num_experts": NUM_EXPERTS,
+        "num_experts": size.experts,
         "num_experts_per_tok": TOP_K,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
@@ -83,27 +83,27 @@ def _tokenizer() -> dict[str, object]:
     }
 
 
-def _weights() -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(size: ModelSize) -> Iterator[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(_SEED)
 
     def drawn(*shape: int, spread: float = _SPREAD) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * spread
 
-    yield "model.embed_tokens.weight", drawn(VOCABULARY, _HIDDEN, spread=1.0)
-    for layer in range(NUM_LAYERS):
+    yield "model.embed_tokens.weight", drawn(VOCABULARY, size.hidden, spread=1.0)
+    for layer in range(size.layers):
         prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", torch.ones(_HIDDEN)
-        yield f"{prefix}.post_attention_layernorm.weight", torch.ones(_HIDDEN)
+        yield f"{prefix}.input_layernorm.weight", torch.ones(size.hidden)
+        yield f"{prefix}.post_attention_layernorm.weight", torch.ones(size.hidden)
         yield f"{prefix}.self_attn.q_norm.weight", torch.ones(_HEAD)
         yield f"{prefix}.self_attn.k_norm.weight", torch.ones(_HEAD)
-        yield f"{prefix}.self_attn.q_proj.weight", drawn(_HEADS * _HEAD, _HIDDEN)
-        yield f"{prefix}.self_attn.k_proj.weight", drawn(_KV_HEADS * _HEAD, _HIDDEN)
-        yield f"{prefix}.self_attn.v_proj.weight", drawn(_KV_HEADS * _HEAD, _HIDDEN)
-        yield f"{prefix}.self_attn.o_proj.weight", drawn(_HIDDEN, _HEADS * _HEAD)
-        yield f"{prefix}.mlp.gate.weight", drawn(NUM_EXPERTS, _HIDDEN)
-        for expert in range(NUM_EXPERTS):
-            yield f"{prefix}.mlp.experts.{expert}.gate_proj.weight", drawn(_INTERMEDIATE, _HIDDEN)
-            yield f"{prefix}.mlp.experts.{expert}.up_proj.weight", drawn(_INTERMEDIATE, _HIDDEN)
-            yield f"{prefix}.mlp.experts.{expert}.down_proj.weight", drawn(_HIDDEN, _INTERMEDIATE)
-    yield "model.norm.weight", torch.ones(_HIDDEN)
-    yield "lm_head.weight", drawn(VOCABULARY, _HIDDEN)
+        yield f"{prefix}.self_attn.q_proj.weight", drawn(_HEADS * _HEAD, size.hidden)
+        yield f"{prefix}.self_attn.k_proj.weight", drawn(_KV_HEADS * _HEAD, size.hidden)
+        yield f"{prefix}.self_attn.v_proj.weight", drawn(_KV_HEADS * _HEAD, size.hidden)
+        yield f"{prefix}.self_attn.o_proj.weight", drawn(size.hidden, _HEADS * _HEAD)
+        yield f"{prefix}.mlp.gate.weight", drawn(size.experts, size.hidden)
+        for expert in range(size.experts):
+            yield f"{prefix}.mlp.experts.{expert}.gate_proj.weight", drawn(size.intermediate, size.hidden)
+            yield f"{prefix}.mlp.experts.{expert}.up_proj.weight", drawn(size.intermediate, size.hidden)
+            yield f"{prefix}.mlp.experts.{expert}.down_proj.weight", drawn(size.hidden, size.intermediate)
+    yield "model.norm.weight", torch.ones(size.hidden)
+    yield "lm_head.weight", drawn(VOCABULARY, size.hidden)

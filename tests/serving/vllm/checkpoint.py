@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from tests.serving.sizes import ModelSize
+
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -42,14 +44,25 @@ _GAIN = 0.6
 _EXPERT_GAIN = 2.4
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> Path:
+def make_checkpoint(folder: Path, seed: int = 0, size: ModelSize | None = None) -> Path:
     """Write `config.json` and `model.safetensors` into the folder, which is made if need be; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2), encoding="utf-8")
+    config = CONFIG if size is None else _sized(size)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     rng = np.random.default_rng(seed)
-    tensors = {name: _weight(name, shape, rng) for name, shape in _shapes()}
+    tensors = {name: _weight(name, shape, rng) for name, shape in _shapes(config)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def _sized(size: ModelSize) -> dict[str, Any]:
+    return {
+        **CONFIG,
+        "num_hidden_layers": size.layers,
+        "num_experts": size.experts,
+        "hidden_size": size.hidden,
+        "moe_intermediate_size": size.intermediate,
+    }
 
 
 def _weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -62,19 +75,19 @@ def _weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.n
     return (rng.standard_normal(shape) * scale).astype(np.float32)
 
 
-def _shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, vocabulary = CONFIG["hidden_size"], CONFIG["vocab_size"]
+def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     yield "model.embed_tokens.weight", (vocabulary, hidden)
-    for index in range(CONFIG["num_hidden_layers"]):
-        for name, shape in _layer_shapes():
+    for index in range(config["num_hidden_layers"]):
+        for name, shape in _layer_shapes(config):
             yield f"model.layers.{index}.{name}", shape
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (vocabulary, hidden)
 
 
-def _layer_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, head = CONFIG["hidden_size"], CONFIG["head_dim"]
-    queries, keys = CONFIG["num_attention_heads"] * head, CONFIG["num_key_value_heads"] * head
+def _layer_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, head = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     yield "input_layernorm.weight", (hidden,)
     yield "self_attn.q_proj.weight", (queries, hidden)
     yield "self_attn.k_proj.weight", (keys, hidden)
@@ -83,9 +96,9 @@ def _layer_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "self_attn.q_norm.weight", (head,)
     yield "self_attn.k_norm.weight", (head,)
     yield "post_attention_layernorm.weight", (hidden,)
-    yield "mlp.gate.weight", (CONFIG["num_experts"], hidden)
-    inner = CONFIG["moe_intermediate_size"]
-    for expert in range(CONFIG["num_experts"]):
+    yield "mlp.gate.weight", (config["num_experts"], hidden)
+    inner = config["moe_intermediate_size"]
+    for expert in range(config["num_experts"]):
         yield f"mlp.experts.{expert}.gate_proj.weight", (inner, hidden)
         yield f"mlp.experts.{expert}.up_proj.weight", (inner, hidden)
         yield f"mlp.experts.{expert}.down_proj.weight", (hidden, inner)

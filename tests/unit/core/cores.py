@@ -72,9 +72,9 @@ def transferring(it: RankCore, *, num_chunks: int = PLAN.num_chunks) -> RankCore
     return it
 
 
-def skip_epoch(it: RankCore) -> None:
+def skip_epoch(it: RankCore, *, within: int = 200) -> None:
     """Let an epoch start when it does, and end without a gain."""
-    run_until(it, DecisionKind.START)
+    run_until(it, DecisionKind.START, within=within)
     assert it.load_collected(it.epoch)
     assert it.plan_ready(it.epoch, PlanTerms(digest=1, num_chunks=0, deadline_steps=0, skip=True))
     run_until(it, DecisionKind.SKIP)

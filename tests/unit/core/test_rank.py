@@ -182,6 +182,18 @@ def test_an_epoch_starts_when_its_interval_is_over_however_rare_idle_rounds_are(
     assert it.step_idx == start_step
 
 
+@pytest.mark.parametrize("step_interval", [10, 300, 450])
+def test_epochs_start_an_interval_apart(step_interval: int) -> None:
+    """Or at the first idle round after it; reading the round that starts one takes steps that do not add up."""
+    it = core(lag=2, idle_round_interval=300, step_interval=step_interval)
+    starts = []
+    for _ in range(3):
+        skip_epoch(it, within=1000)
+        starts.append(it.epoch_start_step - it.lag)
+    apart = 600 if step_interval == 450 else step_interval
+    assert starts == [apart, 2 * apart, 3 * apart]
+
+
 def test_back_off_doubles_up_to_its_bound() -> None:
     """Aborts in a row keep the next START away for twice as long each, up to the bound; a success resets that."""
     it = core(lag=1, idle_round_interval=1)
