@@ -103,7 +103,7 @@ class RebalanceFSM:
             config: Equal on all ranks.
             name: Prefix of this domain in the store, where several share one.
             generation: Number of this membership.
-            channel: Carries votes; None: gloo, on a group of its own.
+            channel: Carries votes; None: connections of its own, and beyond 16 ranks gloo, on a group of its own.
             transport: Moves rows; None: gloo, on a group of its own.
             on_peer_lost: Called from the watchdog's thread with ranks that show no life; None: a log line only.
             **engine_side: Further fields of :class:`~eplb_fsm.runtime.parts.EngineSide`: ``load_source``,

@@ -108,7 +108,7 @@ def decode_tally(words: Sequence[int]) -> Tally:
 
 
 def tally_votes(votes: Iterable[Vote]) -> Tally:
-    """Return the tally of votes that are all at hand (piggyback and in-memory channels)."""
+    """Return the tally of votes that are all at hand (mesh, piggyback and in-memory channels)."""
     columns = list(zip(*votes, strict=True))
     return Tally(Vote(*map(max, columns)), Vote(*map(min, columns)))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from eplb_fsm.config import MIB, RebalanceConfig
 from eplb_fsm.errors import BankError, ConfigError, PlacementError
 from eplb_fsm.placement.placement import Placement
@@ -87,7 +89,7 @@ def check_banks(
 def check_links(
     config: RebalanceConfig, banks: Sequence[Bank], transport: Transport | None, channel: VoteChannel | None
 ) -> None:
-    """Refuse a transport or a channel that does not fit the banks or the mode; None stands for gloo.
+    """Refuse a transport or a channel that does not fit the banks or the mode; None stands for the default.
 
     Raises:
         BankError: A bank whose memory the transport cannot move.
@@ -95,8 +97,7 @@ def check_links(
     """
     flags = GlooTransport.flags if transport is None else transport.flags
     if not flags.is_device_direct:
-        for bank in banks:
-            _check_host_memory(bank)
+        _check_memory(banks)
     if flags.enqueues_on_decode_thread:
         raise ConfigError(
             "this transport must be driven from step(), which the worker cannot do; use one that the worker drives"
@@ -104,7 +105,7 @@ def check_links(
     if config.mode == "sync" and isinstance(channel, PiggybackVoteChannel):
         raise ConfigError(
             "mode = 'sync' needs several rounds in one step, and a piggyback channel carries one in each forward pass; "
-            "use the gloo channel or mode = 'async'"
+            "use the mesh or gloo channel or mode = 'async'"
         )
 
 
@@ -128,11 +129,19 @@ def _check_placement(bank: Bank, placement: Placement, config: RebalanceConfig, 
         )
 
 
-def _check_host_memory(bank: Bank) -> None:
-    for layer in bank.tensors:
-        for name, tensor in layer.items():
-            if tensor.device.type != "cpu":
-                raise BankError(
-                    f"bank {bank.name!r}: tensor {name!r} is on {tensor.device} and this transport moves host memory "
-                    "only; choose a transport that is device-direct"
-                )
+def _check_memory(banks: Sequence[Bank]) -> None:
+    """Rows are staged from and to one device: the host, or what this torch calls its accelerator."""
+    device, accelerator = banks[0].device, torch.accelerator.current_accelerator()
+    if device.type not in ("cpu", accelerator.type if accelerator else "cpu"):
+        raise BankError(
+            f"bank {banks[0].name!r} is on {device}, from which rows cannot be staged: it is neither host memory nor "
+            f"this torch's accelerator ({accelerator or 'it has none'}); register the tensors that the kernels read"
+        )
+    for bank in banks:
+        for layer in bank.tensors:
+            for name, tensor in layer.items():
+                if tensor.device != device:
+                    raise BankError(
+                        f"bank {bank.name!r}: tensor {name!r} is on {tensor.device} and others are on {device}; all "
+                        "banks of a domain must be on one device of the rank"
+                    )

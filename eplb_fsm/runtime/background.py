@@ -13,11 +13,14 @@ _THIS_THREAD = 0
 def unobtrusive_threads() -> Iterator[None]:
     """Have threads that are started inside take turns with others, but interrupt none when they wake.
 
-    A thread of a transfer or a round sleeps and wakes for every message, and where cores are few it wakes in the middle
-    of a step, which then stands until the scheduler comes back to it, for milliseconds. Linux has a policy for work
-    that can wait so long, ``SCHED_BATCH``, with the same share of a core; threads inherit it from the one that starts
-    them, so that it reaches those of a library too. Elsewhere, in a thread of another policy, and where a sandbox
-    forbids it, this changes nothing.
+    A thread of a transfer, or of a round over gloo, sleeps and wakes for every message, and where cores are few it
+    wakes in the middle of a step, which then stands until the scheduler comes back to it, for milliseconds. Linux has a
+    policy for work that can wait so long, ``SCHED_BATCH``, with the same share of a core; threads inherit it from the
+    one that starts them, so that it reaches those of a library too. Elsewhere, in a thread of another policy, and where
+    a sandbox forbids it, this changes nothing.
+
+    A thread that spins once it has a core keeps it all the same; so votes have none where ranks are few
+    (:mod:`eplb_fsm.runtime.mesh`).
     """
     is_changed = _set_policy("SCHED_OTHER", "SCHED_BATCH")
     try:

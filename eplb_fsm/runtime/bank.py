@@ -61,6 +61,11 @@ class Bank:
         return layouts.pop()
 
     @property
+    def device(self) -> torch.device:
+        """Where the experts are."""
+        return self._rows[0][0][0].device
+
+    @property
     def num_moe_layers(self) -> int:
         """MoE layers of the bank."""
         return len(self.tensors)

@@ -1,7 +1,9 @@
 """Vote channels: how the votes of a round reach every rank.
 
 A channel carries rounds in order. Posting never blocks; whether a round is complete can be asked without
-blocking. Votes are posted from the decode thread only, on a group of their own.
+blocking. Votes are posted from the decode thread only, over connections of their own.
+
+:class:`~eplb_fsm.runtime.mesh.MeshVoteChannel` is the default up to 16 ranks, :class:`GlooVoteChannel` beyond.
 """
 
 from __future__ import annotations
@@ -73,7 +75,11 @@ class GlooVoteChannel:
     """One asynchronous MAX all-reduce of ``2 * NUM_VOTE_WORDS`` int64 on a gloo group of its own.
 
     The group's own timeout is kept far above the vote timeout: a gloo group is broken for good after a timeout
-    of its own, while a bounded wait on a work leaves it usable, so that a last STOP vote still gets through.
+    of its own, while a bounded wait on a work leaves it usable, so that a last STOP vote still gets through. Once a
+    rank has ended it is broken, too, and reaches nobody.
+
+    One of its threads reads and writes, and may turn idly for milliseconds where cores are few; see
+    :class:`~eplb_fsm.runtime.mesh.MeshVoteChannel`.
 
     Args:
         domain: Ranks of the group.
@@ -193,7 +199,7 @@ class PiggybackVoteChannel:
         if tuple(gathered.shape) != wanted:
             raise ChannelError(
                 f"the engine's collective delivered words of shape {tuple(gathered.shape)}, not {wanted}: it must "
-                "cover exactly the ranks of the domain; use the gloo channel where it does not"
+                "cover exactly the ranks of the domain; use the mesh or gloo channel where it does not"
             )
         rows: list[list[int]] = gathered.tolist()
         for rank, row in enumerate(rows):

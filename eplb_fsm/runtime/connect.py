@@ -17,6 +17,7 @@ from eplb_fsm.placement.placement import Placement
 from eplb_fsm.runtime.assembly import check_banks, check_links, make_planner, plan_task
 from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.channel import GlooVoteChannel, VoteChannel
+from eplb_fsm.runtime.device import DeviceOps
 from eplb_fsm.runtime.domain import Domain, Handshake, check_equal
 from eplb_fsm.runtime.marks import BackgroundMarkBoard, StoreMarkBoard
 from eplb_fsm.runtime.mesh import MeshVoteChannel
@@ -54,7 +55,7 @@ def connect_parts(
         domain: This rank and the others.
         engine: What the engine brings.
         config: Equal on all ranks.
-        channel: Carries votes; None: gloo, on a group of its own.
+        channel: Carries votes; None: connections of its own, and beyond 16 ranks gloo, on a group of its own.
         transport: Moves rows; None: gloo, on a group of its own.
         on_peer_lost: Called from the watchdog's thread with ranks that show no life; None: a log line only.
 
@@ -89,7 +90,7 @@ def _connect(
     check_banks(config, domain, engine.banks, engine.placements)
     check_links(config, engine.banks, transport, channel)
     task = plan_task(config, domain, engine.banks)
-    staging = make_staging(config, task.budget, domain.rank, engine.banks)
+    staging = make_staging(config, task.budget, domain.rank, engine)
     planner = make_planner(config, domain, task)
     if planner is not None:
         opened.callback(planner.close)
@@ -108,7 +109,7 @@ def _connect(
         lag=lag,
     )
     mailbox = Mailbox()
-    worker = _make_worker(config, domain, mailbox)
+    worker = _make_worker(config, domain, mailbox, engine.stream())
     opened.callback(worker.close)
     return assemble(
         domain, config, engine, links, task, staging=staging, mailbox=mailbox, worker=worker, planner=planner
@@ -122,10 +123,10 @@ def _make_channel(domain: Domain, store: dist.Store, config: RebalanceConfig) ->
     return GlooVoteChannel(domain, store, timeout_s, start_timeout_s=config.start_timeout_s)
 
 
-def _make_worker(config: RebalanceConfig, domain: Domain, mailbox: Mailbox) -> Worker:
+def _make_worker(config: RebalanceConfig, domain: Domain, mailbox: Mailbox, device: DeviceOps) -> Worker:
     if config.mode == "sync":
-        return InlineWorker(mailbox)
-    return ThreadWorker(mailbox, f"eplb-fsm-worker-{domain.rank}")
+        return InlineWorker(mailbox, device)
+    return ThreadWorker(mailbox, device, f"eplb-fsm-worker-{domain.rank}")
 
 
 def _make_watchdog(store: dist.Store, parts: Parts, on_peer_lost: Callable[[Sequence[int]], None] | None) -> Watchdog:
@@ -143,7 +144,7 @@ def _make_watchdog(store: dist.Store, parts: Parts, on_peer_lost: Callable[[Sequ
 
 def _compare_ranks(handshake: Handshake, domain: Domain, engine: EngineSide, config: RebalanceConfig) -> int:
     """Compare what the ranks were started with; return the lag they agree on."""
-    wanted_lag = _AUTO_LAG + engine.device.max_passes_ahead if config.lag == "auto" else config.lag
+    wanted_lag = _AUTO_LAG + engine.stream().max_passes_ahead if config.lag == "auto" else config.lag
     offer: dict[str, Any] = {
         "protocol_version": PROTOCOL_VERSION,
         "world_size": domain.world_size,

@@ -8,15 +8,22 @@ so that the order is tested without an accelerator.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
+import torch
+
+from eplb_fsm.errors import TransferError
 from eplb_fsm.runtime.pending import Done, Pending
+
+_EVENT_POLL_S = 0.0002
 
 
 class DeviceOps(Protocol):
-    """The stream on which the engine enqueues forward passes."""
+    """The stream on which the engine enqueues forward passes, and one of the worker's beside it."""
 
     @property
     def max_passes_ahead(self) -> int:
@@ -29,6 +36,14 @@ class DeviceOps(Protocol):
 
     def record_event(self) -> Pending:
         """Return an event that is done once everything enqueued so far has run; decode thread."""
+        ...
+
+    def worker_stream(self) -> AbstractContextManager[object]:
+        """Have what this thread enqueues by itself run beside the engine's stream while the context is open."""
+        ...
+
+    def worker_event(self) -> Pending:
+        """Return an event that is done once everything that was enqueued in that context has run."""
         ...
 
 
@@ -45,8 +60,85 @@ class CpuDevice:
         """Return an event that is done."""
         return _DONE
 
+    def worker_stream(self) -> AbstractContextManager[object]:
+        """Return a context that changes nothing."""
+        return nullcontext()
+
+    def worker_event(self) -> Pending:
+        """Return an event that is done."""
+        return _DONE
+
 
 _DONE = Done()
+
+
+class AcceleratorDevice:
+    """An accelerator of torch: events on the stream that is current where ``step()`` is called.
+
+    The worker's copies run on a stream of their own. It never waits for the engine's stream there, nor the engine's
+    for it: the worker thread waits for the event of a commit before it reads what was written, and for its own copies
+    before the rank votes for a commit that reads them.
+
+    Args:
+        device: The accelerator, as the expert tensors name it.
+        max_passes_ahead: Forward passes by which the host may be ahead of it.
+    """
+
+    def __init__(self, device: torch.device, max_passes_ahead: int = 2) -> None:
+        self.max_passes_ahead = max_passes_ahead
+        self._device = device
+        self._worker_stream = torch.Stream(device)
+        self._running: deque[tuple[_AcceleratorEvent, Callable[[], object]]] = deque()
+        """What was enqueued, kept until it has run: its tensors were made on the worker's stream, whose allocator would
+        give their memory to the next ones there as soon as they are dropped."""
+
+    def enqueue(self, operation: Callable[[], object]) -> None:
+        """Call ``operation``, which enqueues on the current stream."""
+        operation()
+        self._running.append((self.record_event(), operation))
+        while self._running and self._running[0][0].poll():
+            self._running.popleft()
+
+    def record_event(self) -> _AcceleratorEvent:
+        """Return an event of the current stream."""
+        return _AcceleratorEvent(self._device)
+
+    @contextmanager
+    def worker_stream(self) -> Iterator[None]:
+        """Make the worker's stream the current one of this thread."""
+        before = torch.accelerator.current_stream(self._device)
+        torch.accelerator.set_stream(self._worker_stream)
+        try:
+            yield
+        finally:
+            torch.accelerator.set_stream(before)
+
+    def worker_event(self) -> Pending:
+        """Return an event of the current stream, which is the worker's."""
+        return _AcceleratorEvent(self._device)
+
+
+class _AcceleratorEvent:
+    """An event of the stream that is current where it is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.Event(device)
+        self._event.record(torch.accelerator.current_stream(device))
+
+    def poll(self) -> bool:
+        return self._event.query()
+
+    def wait(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not self.poll():
+            if time.monotonic() > deadline:
+                raise TransferError(f"the device has not run what was enqueued in {timeout_s} s")
+            time.sleep(_EVENT_POLL_S)
+
+
+def operations_on(device: torch.device) -> DeviceOps:
+    """Return the operations of the host or of an accelerator."""
+    return CpuDevice() if device.type == "cpu" else AcceleratorDevice(device)
 
 
 class SimulatedDevice:
@@ -69,6 +161,14 @@ class SimulatedDevice:
     def record_event(self) -> Pending:
         """Return an event for the queue as it stands."""
         return _SimulatedEvent(self, self._num_enqueued)
+
+    def worker_stream(self) -> AbstractContextManager[object]:
+        """Return a context that changes nothing: the worker's copies are the host's."""
+        return nullcontext()
+
+    def worker_event(self) -> Pending:
+        """Return an event that is done."""
+        return _DONE
 
     @property
     def num_pending(self) -> int:

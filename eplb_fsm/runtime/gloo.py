@@ -18,7 +18,8 @@ def make_group(
     """Connect the ranks of a domain; blocks until all have come.
 
     Point-to-point calls of such a group take ranks of the domain. torch's type stubs leave its methods out. Its threads
-    interrupt no step when a message wakes them; see :func:`~eplb_fsm.runtime.background.unobtrusive_threads`.
+    interrupt no step when a message wakes them, though one may spin on a core that it has; see
+    :func:`~eplb_fsm.runtime.background.unobtrusive_threads`.
 
     Args:
         domain: The ranks.

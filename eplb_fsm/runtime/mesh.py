@@ -64,6 +64,7 @@ class MeshVoteChannel:
         if own is None:
             raise ChannelError(f"round {round_idx} was never posted on this channel")
         for peer in self._peers:
+            peer.send()  # who has all votes does not wait, while the others may wait for what is still unsent here
             if peer.rank not in votes:
                 self._receive(peer)
         if len(votes) < self._world_size:
@@ -118,7 +119,7 @@ class _Peer:
     """The connection to one rank.
 
     Attributes:
-        error: Why it has ended, empty while it has not; what had arrived before is still there to be received.
+        error: Why it has ended, empty while it has not; found by :meth:`receive` after all that had arrived before.
     """
 
     def __init__(self, rank: int, connection: socket.socket) -> None:
@@ -141,6 +142,8 @@ class _Peer:
 
     def receive(self) -> list[bytes]:
         """Return the whole messages that have arrived."""
+        if self.error:  # asked again, the system would not give it again
+            return []
         try:
             arrived = self._connection.recv(_RECEIVE_BYTES)
         except BlockingIOError:

@@ -20,7 +20,7 @@ from eplb_fsm.placement.task import PlanTask
 from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.channel import VoteChannel
 from eplb_fsm.runtime.clock import Clock, monotonic
-from eplb_fsm.runtime.device import CpuDevice, DeviceOps
+from eplb_fsm.runtime.device import DeviceOps, operations_on
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.epoch import EpochRunner
 from eplb_fsm.runtime.failstop import FailStopAction, exit_process
@@ -51,7 +51,7 @@ class EngineSide:
         placements: What each bank's slots hold now.
         load_source: Counts tokens; None: a :class:`LoadRecorder` on the device of the first bank.
         map_writer: Writes the engine's tables; None: a :class:`TensorMapWriter`, read with ``fsm.maps()``.
-        device: The engine's stream.
+        device: The engine's stream; None: the host, or the current stream of the accelerator that the first bank is on.
         fail_stop: Ends this rank's serving; the default ends the process.
         observers: Take every event, on the decode thread.
         clock: Seconds.
@@ -61,10 +61,16 @@ class EngineSide:
     placements: Sequence[Placement]
     load_source: LoadSource | None = None
     map_writer: MapWriter | None = None
-    device: DeviceOps = field(default_factory=CpuDevice)
+    device: DeviceOps | None = None
     fail_stop: FailStopAction = exit_process
     observers: Sequence[Observer] = ()
     clock: Clock = monotonic
+
+    def stream(self) -> DeviceOps:
+        """Return :attr:`device`; made if need be, once the banks have been checked."""
+        if self.device is None:
+            self.device = operations_on(self.banks[0].device)
+        return self.device
 
 
 @dataclass(slots=True, kw_only=True)
@@ -207,7 +213,7 @@ def assemble(
         mailbox=mailbox,
         estimator=LoadEstimator(config.load_decay),
     )
-    runner = EpochRunner(jobs, worker, engine.device, load_source, engine.placements)
+    runner = EpochRunner(jobs, worker, engine.stream(), load_source, engine.placements)
     # In sync mode ranks come to a round when their part of the work is done, so the phase's own limits add up.
     phase_limit_s = config.plan_timeout_s + config.transfer_timeout_s if config.mode == "sync" else 0.0
     rounds = Rounds(
@@ -239,7 +245,7 @@ def assemble(
 
 def _fill_engine_side(engine: EngineSide, *, is_weighted: bool) -> tuple[LoadSource, TensorMapWriter | None]:
     """Make what the engine did not bring; tables only then, since they take memory on its device."""
-    device = next(iter(engine.banks[0].tensors[0].values())).device
+    device = engine.banks[0].device
     shapes = [(bank.num_moe_layers, bank.num_logical_experts) for bank in engine.banks]
     load_source = engine.load_source or LoadRecorder(shapes, device=device)
     if engine.map_writer:
@@ -247,16 +253,17 @@ def _fill_engine_side(engine: EngineSide, *, is_weighted: bool) -> tuple[LoadSou
     return load_source, TensorMapWriter(engine.placements, device, is_weighted=is_weighted)
 
 
-def make_staging(config: RebalanceConfig, budget: Budget, rank: int, banks: Sequence[Bank]) -> StagingArea:
+def make_staging(config: RebalanceConfig, budget: Budget, rank: int, engine: EngineSide) -> StagingArea:
     """Allocate the staging buffers of one rank.
 
     Raises:
         ConfigError: If one expert does not fit ``commit_bytes``.
     """
     return StagingArea(
-        banks,
+        engine.banks,
         rank,
         num_buffers=config.staging_buffers,
         commit_bytes=budget.commit_bytes,
         integrity=config.integrity,
+        device=engine.stream(),
     )

@@ -1,7 +1,8 @@
 """One TCP connection between this rank and every other: what has no threads, and so wakes none.
 
-Ranks find each other through the store. Each listens at the address from which it reaches the store's host, tells the
-others, connects to the ranks below it and is connected to by those above.
+Ranks find each other through the store. Each listens at the address from which it reaches the store's host, or at that
+of the interface which ``GLOO_SOCKET_IFNAME`` names, as for gloo. It tells the others, connects to the ranks below it
+and is connected to by those above.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import os
 import secrets
 import socket
 import struct
+import sys
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -25,6 +29,11 @@ _HELLO = struct.Struct(f"!I{_TOKEN_BYTES}s")
 """What the one who connects says first: its rank, and the token of the one it connects to."""
 _HELLO_TIMEOUT_S = 5.0
 _ANY_PORT = 0
+_INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
+_SIOCGIFADDR = 0x8915
+"""Linux's request for the IPv4 address of an interface (netdevice(7))."""
+_IFREQ = struct.Struct("16s4x4s16x")
+"""Its argument: the name, and an address at its place in a ``sockaddr_in``."""
 
 
 def connect_peers(domain: Domain, store: dist.Store, purpose: str, timeout_s: float) -> dict[int, socket.socket]:
@@ -32,7 +41,8 @@ def connect_peers(domain: Domain, store: dist.Store, purpose: str, timeout_s: fl
 
     Args:
         domain: The ranks.
-        store: Where they find each other; of a ``TCPStore``, also behind a prefix, the host tells which network to use.
+        store: Where they find each other; of a ``TCPStore``, also behind a prefix, the host tells which network to use
+            where ``GLOO_SOCKET_IFNAME`` does not.
         purpose: Keeps the connections of a domain apart in the store.
         timeout_s: Longest wait for the others.
 
@@ -56,10 +66,12 @@ def connect_peers(domain: Domain, store: dist.Store, purpose: str, timeout_s: fl
                     rank, peer = _answer(listener, token, deadline)
                     peers[rank] = opened.enter_context(peer)
         except (OSError, RuntimeError) as error:  # torch's stores raise the latter
-            missing = [r for r in range(domain.world_size) if r != domain.rank and r not in peers]
+            missing = _missing(domain, peers)
             raise ConsensusTimeout(
                 f"the {purpose} connections to ranks {missing} could not be made in {timeout_s} s ({error}); see the "
-                "logs of the other ranks, and that they reach each other over the network on which they reach the store"
+                "logs of the other ranks, and that they reach each other at the addresses they reach the store from "
+                f"({_INTERFACE_VARIABLE} chooses others)",
+                missing,
             ) from error
         opened.pop_all()
     for peer in peers.values():
@@ -68,8 +80,19 @@ def connect_peers(domain: Domain, store: dist.Store, purpose: str, timeout_s: fl
     return peers
 
 
+def _missing(domain: Domain, peers: Mapping[int, socket.socket]) -> list[int]:
+    """The ranks that are known not to have come."""
+    for rank in range(domain.rank):
+        if rank not in peers:
+            return [rank]  # the ranks below are called one after the other: nothing is known of those after it
+    return [rank for rank in range(domain.rank + 1, domain.world_size) if rank not in peers]
+
+
 def _own_address(store: dist.Store) -> str:
-    """The address of this machine on the way to the store's host."""
+    """The address of this machine on the way to the store's host, or of the interface that was chosen."""
+    interface = os.environ.get(_INTERFACE_VARIABLE, "").partition(",")[0]
+    if interface and sys.platform == "linux":
+        return _address_of(interface)
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     host, port = (store.host, store.port) if isinstance(store, dist.TCPStore) else (socket.gethostname(), 1)
@@ -77,6 +100,17 @@ def _own_address(store: dist.Store) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # of a datagram socket: finds the way, sends nothing
         return str(probe.getsockname()[0])
+
+
+def _address_of(interface: str) -> str:
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, _IFREQ.pack(interface.encode(), bytes(4)))
+        except OSError as error:
+            raise OSError(f"{_INTERFACE_VARIABLE} = {interface!r}: no such interface has an IPv4 address") from error
+    return socket.inet_ntoa(_IFREQ.unpack(answer)[1])
 
 
 def _listen(address: str) -> socket.socket:
@@ -98,14 +132,23 @@ def _answer(listener: socket.socket, token: bytes, deadline: float) -> tuple[int
         listener.settimeout(_left(deadline))
         caller, _ = listener.accept()
         try:
-            caller.settimeout(min(_HELLO_TIMEOUT_S, _left(deadline)))
-            rank, said = _HELLO.unpack(caller.recv(_HELLO.size, socket.MSG_WAITALL))
+            rank, said = _HELLO.unpack(_read_hello(caller, min(deadline, time.monotonic() + _HELLO_TIMEOUT_S)))
         except (OSError, struct.error):
             caller.close()
             continue
         if hmac.compare_digest(said, token):
             return rank, caller
         caller.close()
+
+
+def _read_hello(caller: socket.socket, deadline: float) -> bytes:
+    hello = b""
+    while len(hello) < _HELLO.size:  # MSG_WAITALL does not wait for all where there is a timeout
+        caller.settimeout(_left(deadline))
+        if not (piece := caller.recv(_HELLO.size - len(hello))):
+            break
+        hello += piece
+    return hello
 
 
 def _left(deadline: float) -> float:

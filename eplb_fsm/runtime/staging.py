@@ -1,7 +1,9 @@
 """Staging: packing rows to send, receiving rows, and the program that makes them live.
 
 All buffers are allocated once. The rows that one peer sends in a chunk are one contiguous range of one buffer:
-one message for each peer. A row is the tensors of one expert, padded to whole words, and its hash.
+one message for each peer. A row is the tensors of one expert, padded to whole words, and its hash. Messages are in host
+memory; of experts on an accelerator, rows are copied there to be sent, and back once they are received and verified, so
+that a commit copies within the accelerator.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from eplb_fsm.errors import ConfigError, TransferError
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.placement.plan import Chunk
 from eplb_fsm.runtime.bank import Bank
-from eplb_fsm.runtime.device import DeviceOps
+from eplb_fsm.runtime.device import CpuDevice, DeviceOps
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.routes import Route, find_routes
 from eplb_fsm.runtime.rowhash import Words, combine_blocks, hash_blocks, hash_keys, hash_rows
@@ -75,13 +77,21 @@ class StagingArea:
         num_buffers: Chunks that may be staged at a time.
         commit_bytes: Most bytes that this rank writes, or sends, in one chunk.
         integrity: ``"off"``, or a kind of checking for which rows carry their hash.
+        device: Of the banks.
 
     Raises:
         ConfigError: If one expert does not fit ``commit_bytes``; says how much it takes.
     """
 
     def __init__(
-        self, banks: Sequence[Bank], rank: int, *, num_buffers: int, commit_bytes: int, integrity: str
+        self,
+        banks: Sequence[Bank],
+        rank: int,
+        *,
+        num_buffers: int,
+        commit_bytes: int,
+        integrity: str,
+        device: DeviceOps | None = None,
     ) -> None:
         largest = max(bank.layout.stride for bank in banks)
         if commit_bytes < largest:
@@ -92,13 +102,16 @@ class StagingArea:
         self._rank = rank
         self._is_hashed = integrity != "off"
         self._keys = [hash_keys(bank.layout.payload_bytes // WORD_BYTES) for bank in banks]
-        self._receive, self._send = _allocate(commit_bytes, num_buffers)
+        self._device = device or CpuDevice()
+        self._receive, self._send, self._staged = _allocate(commit_bytes, num_buffers, banks[0].device)
+        self._is_on_host = self._staged is self._receive
         self._views: dict[tuple[int, int, bool, int], list[torch.Tensor]] = {}
 
     @property
     def num_bytes(self) -> int:
-        """Bytes allocated for staging."""
-        return sum(buffer.numel() for buffer in self._receive + self._send)
+        """Bytes allocated for staging, in the host's memory and on the accelerator."""
+        buffers = self._receive + self._send + ([] if self._is_on_host else self._staged)
+        return sum(buffer.numel() for buffer in buffers)
 
     def stage(
         self,
@@ -123,12 +136,18 @@ class StagingArea:
         at = _Place(chunk.bank, chunk.idx % len(self._send), bank.layout)
         for route in routes.sends:
             self._pack(at, route)
+        if not self._is_on_host:
+            yield from self._finish_packing(at, routes.sends)
         arriving = _parcels(self._receive[at.buffer_idx], routes.receives, at.layout.stride)
         yield transport.begin(_parcels(self._send[at.buffer_idx], routes.sends, at.layout.stride), arriving, tag)
         self._verify(at, arriving)
         # Local copies are staged like receives: all reads of a chunk come before any of its writes.
         self._copy_rows(at, routes.local.sources, routes.local.rows, is_send=False)
+        self._bring(at, routes.local.first_row)
         live, staged = self._copies(at, [*routes.receives, routes.local])
+        prepared = tables.prepare(chunk.bank, chunk.layers, placements[chunk.bank])
+        if not self._is_on_host:
+            yield self._device.worker_event()
         return CommitProgram(
             chunk_idx=chunk.idx,
             num_bytes=sum(row.numel() for row in live),
@@ -137,7 +156,7 @@ class StagingArea:
             digest=chunk.digest_after,
             live_rows=live,
             staged_rows=staged,
-            prepared_tables=tables.prepare(chunk.bank, chunk.layers, placements[chunk.bank]),
+            prepared_tables=prepared,
             tables=tables,
         )
 
@@ -152,19 +171,38 @@ class StagingArea:
                 raise IntegrityError("a committed row differs from what was staged for it")
 
     def _pack(self, at: _Place, route: Route) -> None:
-        """Copy the rows of a route into the send buffer, each with its hash."""
+        """Copy the rows of a route into the send buffer, each with its hash; from an accelerator, begin to."""
+        if not self._is_on_host:
+            self._copy_rows(at, route.sources, route.rows, is_send=True)
+            return
         pack = self._pack_small if len(at.layout.pieces) == 1 else self._pack_large
         for first in range(0, len(route.rows), at.layout.rows_per_block):
             block = slice(first, first + at.layout.rows_per_block)
             packed = _span(self._send[at.buffer_idx], route.rows[block], at.layout.stride)
             pack(at, route.sources[block], route.rows[block], packed)
 
-    def _pack_small(self, at: _Place, sources: Sequence[tuple[int, int]], rows: range, packed: torch.Tensor) -> None:
-        """Copy rows and hash them together: few operations, which leave the interpreter lock alone."""
-        self._copy_rows(at, sources, rows, is_send=True)
+    def _finish_packing(self, at: _Place, routes: Sequence[Route]) -> Generator[Pending, None, None]:
+        """Wait for the rows from an accelerator, and give them their hashes."""
+        yield self._device.worker_event()
+        for _, packed in _parcels(self._send[at.buffer_idx], routes, at.layout.stride):
+            self._write_hashes(at, packed)
+
+    def _bring(self, at: _Place, num_rows: int) -> None:
+        """Copy received rows to the accelerator, in one piece."""
+        if not self._is_on_host:
+            rows = range(num_rows)
+            received = _span(self._receive[at.buffer_idx], rows, at.layout.stride)
+            _span(self._staged[at.buffer_idx], rows, at.layout.stride).copy_(received, non_blocking=True)
+
+    def _write_hashes(self, at: _Place, packed: torch.Tensor) -> None:
         if self._is_hashed:
             words, hashes = self._words(packed, at)
             hashes[:] = hash_rows(words, self._keys[at.bank])
+
+    def _pack_small(self, at: _Place, sources: Sequence[tuple[int, int]], rows: range, packed: torch.Tensor) -> None:
+        """Copy rows and hash them together: few operations, which leave the interpreter lock alone."""
+        self._copy_rows(at, sources, rows, is_send=True)
+        self._write_hashes(at, packed)
 
     def _pack_large(self, at: _Place, sources: Sequence[tuple[int, int]], rows: range, packed: torch.Tensor) -> None:
         """Copy and hash one row piece by piece: the hash reads what the copy has just brought into the cache."""
@@ -194,10 +232,11 @@ class StagingArea:
         return words[:, :num_words], words[:, num_words]
 
     def _copy_rows(self, at: _Place, sources: Sequence[tuple[int, int]], rows: range, *, is_send: bool) -> None:
-        """Copy live experts to rows of a staging buffer."""
+        """Copy live experts to rows of a staging buffer; from an accelerator, begin to."""
         live = [part for source in sources for part in self._banks[at.bank].live_row(*source)]
         if live:
-            torch._foreach_copy_([part for row in rows for part in self._row(at, row, is_send=is_send)], live)
+            staged = [part for row in rows for part in self._row(at, row, is_send=is_send)]
+            torch._foreach_copy_(staged, live, non_blocking=True)
 
     def _copies(self, at: _Place, routes: Sequence[Route]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return live rows and the staged rows that a commit copies over them."""
@@ -215,27 +254,35 @@ class StagingArea:
         key = (at.bank, at.buffer_idx, is_send, row)
         views = self._views.get(key)
         if views is None:
-            buffer = (self._send if is_send else self._receive)[at.buffer_idx]
+            buffer = (self._send if is_send else self._staged)[at.buffer_idx]
             packed = _span(buffer, range(row, row + 1), at.layout.stride)
             views = [packed[offset : offset + length] for offset, length in at.layout.segments]
             self._views[key] = views
         return views
 
 
-def _allocate(commit_bytes: int, num_buffers: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _allocate(
+    commit_bytes: int, num_buffers: int, device: torch.device
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Return the buffers to receive into, to send from, and to commit from: in host memory the first ones."""
+    is_on_host = device.type == "cpu"
     try:
-        receive = [_buffer(commit_bytes) for _ in range(num_buffers)]
-        return receive, [_buffer(commit_bytes) for _ in range(num_buffers)]
-    except MemoryError as error:
+        receive, send = ([_host_buffer(commit_bytes, is_on_host) for _ in range(num_buffers)] for _ in range(2))
+        if is_on_host:
+            return receive, send, receive
+        return receive, send, [torch.empty(commit_bytes, dtype=torch.uint8, device=device) for _ in receive]
+    except (MemoryError, RuntimeError) as error:  # torch says the latter
         raise ConfigError(
-            f"staging takes 2 * staging_buffers * commit_bytes = {2 * num_buffers * commit_bytes} bytes, which "
-            "cannot be allocated; lower commit_bytes or staging_buffers"
+            f"staging takes 2 * staging_buffers * commit_bytes = {2 * num_buffers * commit_bytes} bytes, and half as "
+            "much on an accelerator, which cannot be allocated; lower commit_bytes or staging_buffers"
         ) from error
 
 
-def _buffer(num_bytes: int) -> torch.Tensor:
+def _host_buffer(num_bytes: int, is_on_host: bool) -> torch.Tensor:
     """From numpy, which asks the kernel for huge pages: a sync epoch takes 2 % less than with torch's own pages."""
-    return torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
+    if is_on_host:
+        return torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)  # which an accelerator reads and writes by itself
 
 
 def _span(buffer: torch.Tensor, rows: range, stride: int) -> torch.Tensor:

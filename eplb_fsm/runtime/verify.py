@@ -47,7 +47,7 @@ def verify_bank(bank: Bank, domain: Domain, transport: Transport, probe: Probe, 
     for layer in range(bank.num_moe_layers):
         home = bank.live_row(layer, _SLOT)
         here = probe(layer, _SLOT).detach().to("cpu", torch.float32).contiguous()
-        mine = torch.cat([*home, here.reshape(-1).view(torch.uint8)])
+        mine = torch.cat([*(row.cpu() for row in home), here.reshape(-1).view(torch.uint8)])
         theirs = torch.empty_like(mine)
         following = (domain.rank + 1) % domain.world_size
         preceding = (domain.rank - 1) % domain.world_size

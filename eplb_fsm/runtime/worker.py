@@ -20,6 +20,7 @@ from eplb_fsm.observe.gains import Seen
 from eplb_fsm.placement.plan import Plan
 from eplb_fsm.runtime.background import unobtrusive_threads
 from eplb_fsm.runtime.clock import Clock, monotonic
+from eplb_fsm.runtime.device import DeviceOps
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.staging import CommitProgram, IntegrityError
 
@@ -141,11 +142,12 @@ def _fail(job: Job, error: BaseException) -> WorkFailed | TransportGone:
     return WorkFailed(job.epoch, job.reason, f"{type(error).__name__}: {error}")
 
 
-def run_blocking(job: Job, mailbox: Mailbox) -> None:
+def run_blocking(job: Job, mailbox: Mailbox, device: DeviceOps) -> None:
     """Run a job to its end on this thread. Whatever it raises becomes a message, never silence."""
     try:
-        for pending in job.body:
-            pending.wait(job.wait_limit_s)
+        with device.worker_stream():
+            for pending in job.body:
+                pending.wait(job.wait_limit_s)
     except Exception as error:  # everything: the decode loop must hear of it
         mailbox.put(_fail(job, error))
     finally:
@@ -157,8 +159,9 @@ class InlineWorker:
 
     is_alive = True
 
-    def __init__(self, mailbox: Mailbox) -> None:
+    def __init__(self, mailbox: Mailbox, device: DeviceOps) -> None:
         self._mailbox = mailbox
+        self._device = device
         self._jobs: list[Job] = []
 
     def submit(self, job: Job) -> None:
@@ -168,7 +171,7 @@ class InlineWorker:
     def run_inline(self) -> None:
         """Execute all queued jobs."""
         while self._jobs:
-            run_blocking(self._jobs.pop(0), self._mailbox)
+            run_blocking(self._jobs.pop(0), self._mailbox, self._device)
 
     def close(self) -> None:
         """Drop what was not begun."""
@@ -189,8 +192,9 @@ class ThreadWorker:
         is_alive: Whether the thread still runs; a plain attribute, since every idle round asks.
     """
 
-    def __init__(self, mailbox: Mailbox, name: str) -> None:
+    def __init__(self, mailbox: Mailbox, device: DeviceOps, name: str) -> None:
         self._mailbox = mailbox
+        self._device = device
         self.is_alive = True
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -216,7 +220,7 @@ class ThreadWorker:
     def _run(self) -> None:
         try:
             while (job := self._jobs.get()) is not None:
-                run_blocking(job, self._mailbox)
+                run_blocking(job, self._mailbox, self._device)
         finally:
             self.is_alive = False
 

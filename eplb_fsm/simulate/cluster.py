@@ -208,7 +208,7 @@ class SimulatedCluster:
             side,
             Links(channel=channel, transport=transport, board=board, meet=lambda word, step_idx: None, lag=self._lag),
             task,
-            staging=make_staging(config, task.budget, rank, banks),
+            staging=make_staging(config, task.budget, rank, side),
             mailbox=mailbox,
             worker=worker,
             planner=FaultyPlanner(task, faults),

@@ -47,11 +47,18 @@ class EpochFigures:
 
 
 def measure_mode(
-    rank: int, num_ranks: int, store: dist.Store, mode: str, num_epochs: int, pass_ms: float, options: dict[str, Any]
+    rank: int,
+    num_ranks: int,
+    store: dist.Store,
+    mode: str,
+    num_epochs: int,
+    pass_ms: float,
+    device: str,
+    options: dict[str, Any],
 ) -> tuple[list[EpochFigures], list[float], int]:
     """Run the epochs of one mode; return figures of each, the floors of the same bytes, and late rounds."""
     placement = Placement.initial(LAYERS, LOGICAL, PHYSICAL, num_ranks)
-    bank = expert_bank(LAYERS, LOGICAL, PHYSICAL, num_ranks, EXPERT_BYTES)
+    bank = expert_bank(LAYERS, LOGICAL, PHYSICAL, num_ranks, EXPERT_BYTES, device)
     config = RebalanceConfig(
         mode=mode,  # type: ignore[arg-type]
         policy="tests.benchmarks.ranks:ShuffledLoad",
@@ -162,16 +169,16 @@ class Floor:
         return (time.perf_counter_ns() - start) / 1e6
 
 
-def compare(num_ranks: int, num_epochs: int, pass_ms: float) -> dict[str, Any]:
+def compare(num_ranks: int, num_epochs: int, pass_ms: float, device: str) -> dict[str, Any]:
     """Run both modes and return medians and ratios."""
     runs = {
-        mode: run_ranks(num_ranks, measure_mode, mode, num_epochs, pass_ms, options)
+        mode: run_ranks(num_ranks, measure_mode, mode, num_epochs, pass_ms, device, options)
         for mode, options in (("sync", SYNC_OPTIONS), ("async", ASYNC_OPTIONS))
     }
     moved = {mode: [[e.moved_bytes for e in figures] for figures, _, _ in ranks] for mode, ranks in runs.items()}
     if moved["sync"] != moved["async"]:
         raise AssertionError(f"the modes moved other bytes: {moved}")
-    result: dict[str, Any] = {"ranks": num_ranks, "epochs": num_epochs, "pass_ms": pass_ms}
+    result: dict[str, Any] = {"ranks": num_ranks, "epochs": num_epochs, "pass_ms": pass_ms, "device": device}
     for mode, ranks in runs.items():
         epochs = [[asdict(figures[i]) for figures, _, _ in ranks] for i in range(num_epochs)]
         result[mode] = {
@@ -195,9 +202,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--pass-ms", type=float, default=5.0, help="time a forward pass waits for its device")
+    parser.add_argument("--device", default="cpu", help="where the experts are, such as cuda; all ranks share one")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    result = compare(args.ranks, args.epochs, args.pass_ms)
+    result = compare(args.ranks, args.epochs, args.pass_ms, args.device)
     report(result, args.json)
 
 

@@ -122,11 +122,14 @@ def _run_rank(
         results.put((rank, None, traceback.format_exc()))
 
 
-def expert_bank(num_layers: int, num_logical: int, num_physical: int, num_ranks: int, expert_bytes: int) -> Bank:
+def expert_bank(
+    num_layers: int, num_logical: int, num_physical: int, num_ranks: int, expert_bytes: int, device: str = "cpu"
+) -> Bank:
     """Return a bank of fp32 experts: ``w13`` has two thirds of the bytes and ``w2`` one third."""
     num_local = num_physical // num_ranks
     words = expert_bytes // 12
     tensors = [
-        {"w13": torch.randn(num_local, 2 * words), "w2": torch.randn(num_local, words)} for _ in range(num_layers)
+        {name: torch.randn(num_local, n, device=device) for name, n in (("w13", 2 * words), ("w2", words))}
+        for _ in range(num_layers)
     ]
     return Bank("model", num_logical, num_physical, tensors)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from tests.benchmarks.ranks import report
 from tests.serving.sglang import checkpoint as sglang_checkpoint
 from tests.serving.sglang import harness as sglang
+from tests.serving.sglang.checkpoint import VOCABULARY
 from tests.serving.sizes import SERVING_WORK
 from tests.serving.vllm import checkpoint as vllm_checkpoint
 from tests.serving.vllm import harness as vllm
@@ -29,6 +30,8 @@ from tests.serving.vllm.test_own_eplb import OWN_EPLB
 INTERVAL = 96
 """Passes between two rebalances; all figures called so are of so many steps."""
 NUM_ROUNDS = 8
+PROMPTS = [vllm.fixed_prompts(vocab_size=VOCABULARY, seed=seed) for seed in range(NUM_ROUNDS)]
+"""Others in every round, as long as an interval: so the load is never quite the one that was planned for."""
 NUM_REDUNDANT = 8
 WARM_UP = INTERVAL + INTERVAL // 2
 """Steps that are left out: of the first pass and of the first rebalance."""
@@ -80,7 +83,7 @@ def run_vllm(folder: Path, variables: Mapping[str, str]) -> str:
     }
     model = vllm_checkpoint.make_checkpoint(folder, size=SERVING_WORK)
     llm = {**OWN_EPLB, "eplb_config": config}
-    return vllm.run_engine(model, rounds=NUM_ROUNDS, environment=variables, **llm).log
+    return vllm.run_engine(model, prompts_of_rounds=PROMPTS, environment=variables, **llm).log
 
 
 def run_sglang(folder: Path, variables: Mapping[str, str]) -> str:
@@ -88,7 +91,7 @@ def run_sglang(folder: Path, variables: Mapping[str, str]) -> str:
     model = sglang_checkpoint.make_checkpoint(folder / "model", SERVING_WORK)
     arguments = sglang.own_eplb(INTERVAL, NUM_REDUNDANT)
     return sglang.run_engine(
-        model, folder, ranks=2, arguments=arguments, variables=variables, tokens=96, rounds=NUM_ROUNDS
+        model, folder, ranks=2, arguments=arguments, variables=variables, tokens=96, prompts_of_rounds=PROMPTS
     ).log
 
 

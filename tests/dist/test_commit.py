@@ -1,4 +1,4 @@
-"""Epochs over gloo: several ranks, real processes, weights equal to the map in every forward pass."""
+"""Epochs: several ranks, real processes, weights equal to the map in every forward pass."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 
 from eplb_fsm.core.states import State
+from eplb_fsm.runtime import connect
 from eplb_fsm.runtime.maps import TensorMapWriter
 from tests.dist.decode import DecodeLoop
 from tests.dist.harness import RankLink, run_ranks
@@ -39,6 +40,23 @@ def test_both_modes_move_the_same_bytes_to_the_same_placement(world_size: int) -
 def test_every_kind_of_integrity_commits(mode: str, integrity: str) -> None:
     """Rows move right without hashes, and with committed rows read back."""
     assert all(outcomes == ["COMMITTED"] * 2 for outcomes, _, _ in run_ranks(2, _epochs, mode, integrity, 2))
+
+
+def _as_many_ranks(link: RankLink, mode: str) -> list[str]:
+    connect._MAX_MESH_RANKS = link.world_size - 1
+    connect.MeshVoteChannel = None  # type: ignore[assignment,misc]  # is not asked for
+    loop = DecodeLoop(link, mode=mode)
+    with loop.fsm as fsm:
+        fsm.arm()
+        loop.run_epochs(2)
+        loop.run_steps(20)
+        return loop.outcome_names
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_more_ranks_than_a_mesh_is_made_for_vote_over_gloo(mode: str) -> None:
+    """Where there are more ranks than that votes go by a reduction, and epochs commit as over a mesh."""
+    assert run_ranks(2, _as_many_ranks, mode) == [["COMMITTED"] * 2] * 2
 
 
 def _two_domains(link: RankLink) -> tuple[list[tuple[list[str], int]], list[int]]:

@@ -14,27 +14,27 @@ from eplb_fsm import Placement
 from eplb_fsm.core.votes import Progress, Tally, Vote
 from eplb_fsm.errors import ChannelError, TransferError
 from eplb_fsm.placement.validate import Float64Array
-from eplb_fsm.runtime.channel import GlooVoteChannel
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.maps import TensorMapWriter
+from eplb_fsm.runtime.mesh import MeshVoteChannel
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.transport import GlooTransport
 from tests.dist.decode import SHAPE
 from tests.dist.harness import RankLink
 
 
-class FaultyChannel(GlooVoteChannel):
-    """A gloo channel with hooks.
+class FaultyChannel(MeshVoteChannel):
+    """A mesh with hooks.
 
     Attributes:
         before_post: Called with each vote before it goes out.
-        is_broken: Asked before each post and poll about the last vote; True makes it fail from then on, as a lost
-            group does.
+        is_broken: Asked before each post and poll about the last vote; True makes it fail from then on, as one that
+            has lost a rank does.
         loses: Asked about each tally before this rank sees it; True makes it fail from then on.
     """
 
     def __init__(self, link: RankLink, store: Any) -> None:
-        super().__init__(Domain(link.rank, link.world_size), store, 200.0, start_timeout_s=20.0)
+        super().__init__(Domain(link.rank, link.world_size), store, start_timeout_s=20.0)
         self.before_post: Callable[[Vote], None] = lambda vote: None
         self.is_broken: Callable[[Vote], bool] = lambda vote: False
         self.loses: Callable[[Tally], bool] = lambda tally: False
@@ -58,7 +58,7 @@ class FaultyChannel(GlooVoteChannel):
         assert self._last is not None
         if self._is_lost or self.is_broken(self._last):
             self._is_lost = True
-            raise ChannelError("this test broke the vote group of this rank")
+            raise ChannelError("this test broke the vote channel of this rank")
 
 
 def is_staged(vote: Vote) -> bool:

@@ -20,8 +20,8 @@ from tests.faults.parts import FaultyChannel, FaultyMapWriter, FaultyTransport, 
 SHORT: dict[str, Any] = {"vote_timeout_s": 1.5, "resolve_timeout_s": 3.0}
 
 
-def _broken_group(link: RankLink, where: str) -> tuple[str, str, list[int], list[str], int]:
-    """Rank 1's vote group breaks: while idle, or as it promises, or after its promise went out."""
+def _broken_channel(link: RankLink, where: str) -> tuple[str, str, list[int], list[str], int]:
+    """Rank 1's vote channel breaks: while idle, or as it promises, or after its promise went out."""
     store = link.store()
     channel = FaultyChannel(link, store)
     transport = FaultyTransport(link, store)
@@ -44,9 +44,9 @@ def _broken_group(link: RankLink, where: str) -> tuple[str, str, list[int], list
 
 
 @pytest.mark.parametrize("where", ["idle", "post", "poll"])
-def test_a_vote_group_broken_on_one_rank_ends_rebalancing_and_not_serving(where: str) -> None:
+def test_a_vote_channel_broken_on_one_rank_ends_rebalancing_and_not_serving(where: str) -> None:
     """Outside the window all ranks stop; inside it the store resolves the chunk: one map everywhere, served on."""
-    results = run_ranks(3, _broken_group, where)
+    results = run_ranks(3, _broken_channel, where)
     assert {state for state, *_ in results} == {"STOPPED"}
     assert len({str(digests) for _, _, digests, _, _ in results}) == 1
     assert "this test broke" in results[1][1]
@@ -75,7 +75,7 @@ def _store_lost(link: RankLink) -> list[Any]:
 
 
 def _lost_in_the_window(link: RankLink) -> list[Any]:
-    """The store does not answer, and the vote group breaks on the rank that has promised."""
+    """The store does not answer, and the vote channel breaks on the rank that has promised."""
     store = link.store()
     channel = FaultyChannel(link, store)
     loop = DecodeLoop(link, store=store, lockstep=False, connect={"channel": channel}, **SHORT)
@@ -95,8 +95,8 @@ def _lost_in_the_window(link: RankLink) -> list[Any]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_without_group_and_store_a_promise_is_a_fail_stop(number: int) -> None:
-    """A promise whose decision can be had neither from the group nor from the store is a fail-stop, in bounded time."""
+def test_without_channel_and_store_a_promise_is_a_fail_stop(number: int) -> None:
+    """A promise whose decision can be had neither from the votes nor from the store is a fail-stop, in bounded time."""
     with store_in_a_process() as (port, pid), Ranks(2, _lost_in_the_window, port=port) as ranks:
         for rank in range(2):
             ranks.expect(rank, "ready")

@@ -15,6 +15,8 @@ from eplb_fsm.cli import main
 from eplb_fsm.core.states import State
 from eplb_fsm.errors import ConsensusTimeout
 from eplb_fsm.observe.trace import NdjsonTrace
+from eplb_fsm.runtime.channel import GlooVoteChannel
+from eplb_fsm.runtime.domain import Domain
 from tests.dist.decode import DecodeLoop
 from tests.dist.harness import RankLink, Ranks
 from tests.dist.policies import MARKER
@@ -115,10 +117,39 @@ def test_survivors_of_a_killed_rank_name_it_and_serve_on(state: str, mode: str, 
         else:
             assert fate.state == "STOPPED"
             assert "TRANSPORT" in fate.why or "TIMEOUT" in fate.why
+            assert state != "IDLE" or f"the vote connection to rank {victim} is lost" in fate.why
             assert fate.lost[0] == (victim,)
             assert fate.served_on > 50
     assert survivors[0].digests == survivors[1].digests
     assert main(["trace", "check", str(tmp_path / "traces")]) == 0
+
+
+def _killed_over_gloo(link: RankLink) -> Fate:
+    lost: list[tuple[int, ...]] = []
+    store = link.store()
+    channel = GlooVoteChannel(Domain(link.rank, link.world_size), store, 200.0, start_timeout_s=20.0)
+    loop = _connected(link, lost, store=store, connect={"channel": channel})
+    with loop.fsm as fsm:
+        fsm.arm()
+        loop.run_epochs(1)
+        loop.run_steps(20)
+        link.tell("ready")
+        return _serve(link, loop, lost)
+
+
+def test_survivors_over_gloo_name_a_killed_rank_and_serve_on() -> None:
+    """A gloo group that a killed rank broke ends rebalancing on the others, with one map, and not serving."""
+    with Ranks(3, _killed_over_gloo) as ranks:
+        for rank in range(3):
+            ranks.expect(rank, "ready")
+        ranks.kill(1)
+        first, _, last = ranks.join()
+    for fate in (first, last):
+        assert fate.state == "STOPPED"
+        assert "TRANSPORT" in fate.why or "TIMEOUT" in fate.why
+        assert fate.lost[0] == (1,)
+        assert fate.served_on > 50
+    assert first.digests == last.digests
 
 
 def _killed_in_the_window(link: RankLink) -> Fate:

@@ -91,7 +91,7 @@ def with_threads(run: Recorded) -> list[ThreadWorker]:
     workers = []
     for rank in run.ranks:
         runner = rank.parts.runner
-        worker = ThreadWorker(rank.parts.mailbox, f"worker-{rank.rank}")
+        worker = ThreadWorker(rank.parts.mailbox, CpuDevice(), f"worker-{rank.rank}")
         workers.append(worker)
         runner._worker = worker
         runner._device = CpuDevice()  # the simulated one is for one thread, and a worker waits for its events

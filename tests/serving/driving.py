@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pytest
+import torch
+
 OPTIONS = {
     "PLANNER": "thread",
     "IDLE_ROUND_INTERVAL": "4",
@@ -29,6 +32,8 @@ BACKGROUND = {
     "EPLB_FSM_MAX_SLOWDOWN": "0",
 }
 """The same for a whole engine, as variables; how much a commit may write depends on its model."""
+
+ON_ACCELERATOR = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 
 _MAX_PASSES = 4000
 
@@ -69,6 +74,13 @@ class Driven:
             ended = len(self.fsm.outcomes)
             self.hot = (self.hot + 5) % (self.num_experts - 1)
             self.run_until(lambda ended=ended: len(self.fsm.outcomes) > ended)  # type: ignore[misc]
+
+
+def accelerator() -> str:
+    """What this torch calls its accelerator."""
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    return device.type
 
 
 def outcome_names(outcomes: Iterable[Any]) -> list[str]:

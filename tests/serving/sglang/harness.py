@@ -73,14 +73,14 @@ def run_engine(
     prompts: Sequence[Sequence[int]] = PROMPTS,
     tokens: int = 64,
     rounds: int = 1,
+    prompts_of_rounds: Sequence[Sequence[Sequence[int]]] | None = None,
     timeout_s: float = 600.0,
 ) -> Outcome:
-    """Generate with an engine of its own; the folder gets its log."""
+    """Generate with an engine of its own, the same tokens in each round or others; the folder gets its log."""
     job = {
         "engine": engine_arguments(checkpoint, ranks, {"skip_tokenizer_init": True, **(arguments or {})}),
-        "prompts": prompts,
         "tokens": tokens,
-        "rounds": rounds,
+        "rounds": prompts_of_rounds or [prompts] * rounds,
     }
     command = [str(_SCRIPT), json.dumps(job)]
     with started(command, folder, environment(ranks, variables)) as (process, log):

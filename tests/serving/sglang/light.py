@@ -86,13 +86,14 @@ class _Setting:
         self.get = lambda: value
 
 
-def install(sources: Path, rank: int, world_size: int, **moe: Any) -> SimpleNamespace:
+def install(sources: Path, rank: int, world_size: int, device: str = "cpu", **moe: Any) -> SimpleNamespace:
     """Make SGLang's EPLB modules importable on a rank; everything below ``sglang.srt.eplb`` is the wheel's own file.
 
     Args:
         sources: The wheel's files.
         rank: This rank.
         world_size: Number of ranks.
+        device: Where the experts are.
         **moe: What differs from :data:`MOE`.
 
     Returns:
@@ -111,7 +112,7 @@ def install(sources: Path, rank: int, world_size: int, **moe: Any) -> SimpleName
             elastic_ep_initial_size=None,
             ep_join_rank_offset=0,
         ),
-        device=SimpleNamespace(device="cpu"),
+        device=SimpleNamespace(device=device),
         resources=SimpleNamespace(expert_location_metadata=None, expert_distribution_recorder=None),
         model=SimpleNamespace(),
         platform=SimpleNamespace(is_hip=False),
@@ -148,7 +149,7 @@ def _stand_in_runtime(context: SimpleNamespace) -> None:
         Withable=_Withable,
         get_bool_env_var=lambda name, default="false": False,
         get_int_env_var=lambda name, default=0: default,
-        get_device=lambda *args: "cpu",
+        get_device=lambda *args: context.device.device,
     )
 
 

@@ -18,6 +18,7 @@ from tests.serving.sglang import light
 
 NUM_LAYERS, NUM_MOE_LAYERS, NUM_LOGICAL, NUM_REDUNDANT, TOP_K, HIDDEN, NUM_TOKENS = 4, 3, 16, 8, 2, 8, 24
 """The first layer has no experts, as in DeepSeek's models."""
+_SHAPES = ((NUM_LOGICAL, HIDDEN, 2 * HIDDEN), (NUM_LOGICAL, 2 * HIDDEN, HIDDEN))
 
 
 class Experts(nn.Module):
@@ -68,21 +69,31 @@ class LightEngine(Driven):
         sources: SGLang's files.
         options: Variables ``EPLB_FSM_...`` for this rank, without their prefix.
         stock: Use SGLang's own manager.
+        device: Where the model is.
         **moe: SGLang's arguments of MoE layers.
     """
 
     def __init__(
-        self, link: RankLink, sources: Path, options: dict[str, str] | None = None, *, stock: bool = False, **moe: Any
+        self,
+        link: RankLink,
+        sources: Path,
+        options: dict[str, str] | None = None,
+        *,
+        stock: bool = False,
+        device: str = "cpu",
+        **moe: Any,
     ) -> None:
         for name, value in {**OPTIONS, **(options or {})}.items():
             os.environ[f"EPLB_FSM_{name}"] = value
         self.link = link
-        self.context = light.install(sources, link.rank, link.world_size, ep_num_redundant_experts=NUM_REDUNDANT, **moe)
+        self.device = device
+        moe = {"ep_num_redundant_experts": NUM_REDUNDANT, **moe}
+        self.context = light.install(sources, link.rank, link.world_size, device, **moe)
         dist.init_process_group("gloo", store=link.store(), rank=link.rank, world_size=link.world_size)
         self._import_engine()
         self.draw = torch.Generator().manual_seed(7)  # without an all-to-all every rank has the same tokens
         self.weights = {
-            layer: [torch.randn(NUM_LOGICAL, HIDDEN, 2 * HIDDEN), torch.randn(NUM_LOGICAL, 2 * HIDDEN, HIDDEN)]
+            layer: [torch.randn(shape).to(device) for shape in _SHAPES]
             for layer in range(NUM_LAYERS - NUM_MOE_LAYERS, NUM_LAYERS)
             if torch.manual_seed(layer)
         }
@@ -139,14 +150,14 @@ class LightEngine(Driven):
 
     def _forward_layer(self, layer: int) -> None:
         skew = torch.ones(NUM_LOGICAL).index_fill_(0, torch.tensor([self.hot, self.hot + 1]), 8.0)
-        logical = torch.multinomial(skew.expand(NUM_TOKENS, -1), TOP_K, generator=self.draw)
-        hidden = torch.randn(NUM_TOKENS, HIDDEN, generator=self.draw)
-        share = torch.rand(NUM_TOKENS, TOP_K, generator=self.draw)
+        logical = torch.multinomial(skew.expand(NUM_TOKENS, -1), TOP_K, generator=self.draw).to(self.device)
+        hidden = torch.randn(NUM_TOKENS, HIDDEN, generator=self.draw).to(self.device)
+        share = torch.rand(NUM_TOKENS, TOP_K, generator=self.draw).to(self.device)
         physical = self.dispatch.topk_ids_logical_to_physical(
             logical, self.dispatch.ExpertLocationDispatchInfo.init_new(layer)
         )
         self.recorder.on_select_experts(physical)
-        self.routed[layer] += torch.bincount(logical.flatten(), minlength=NUM_LOGICAL)
+        self.routed[layer] += torch.bincount(logical.flatten().cpu(), minlength=NUM_LOGICAL)
         self.num_routed += physical.numel()
         experts = self.model.layers[layer]
         local = physical - self.link.rank * experts.num_local_experts

@@ -1,8 +1,8 @@
 """Start an SGLang engine, generate greedily, shut it down and print what came out as one line of JSON.
 
 A script for the Python of the engine's virtual environment. Its one argument is JSON: `engine` are the keyword
-arguments of `sglang.Engine`, `prompts` lists of token ids, which make one batch, `tokens` how many to generate for
-each, and `rounds` how often.
+arguments of `sglang.Engine`, `rounds` the prompts of each round, lists of token ids, which make one batch, and `tokens`
+how many to generate for each.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     outcome: dict[str, Any] = {"startup_s": time.perf_counter() - start, "round_s": [], "tokens": []}
     sampling = {"max_new_tokens": job["tokens"], "temperature": 0.0, "ignore_eos": True}
     try:
-        for _ in range(job["rounds"]):
+        for prompts in job["rounds"]:
             start = time.perf_counter()
-            answers = engine.generate(input_ids=job["prompts"], sampling_params=sampling)
+            answers = engine.generate(input_ids=prompts, sampling_params=sampling)
             outcome["round_s"].append(time.perf_counter() - start)
             outcome["tokens"].append([answer["output_ids"] for answer in answers])
     finally:

@@ -13,7 +13,7 @@ import torch
 from eplb_fsm.core.states import State
 from eplb_fsm.errors import BankError, ConfigError, PeerFailed
 from tests.dist.harness import RankFailedError, RankLink, run_ranks
-from tests.serving.driving import outcome_names
+from tests.serving.driving import ON_ACCELERATOR, accelerator, outcome_names
 from tests.serving.light import sources_of
 from tests.serving.sglang.light import VERSION
 from tests.serving.sglang.light_engine import NUM_MOE_LAYERS, LightEngine
@@ -36,6 +36,7 @@ def _serve(link: RankLink, sources: Path, num_epochs: int, moe: dict[str, Any]) 
         "steps": engine.fsm.step_idx,
         "passes": engine.num_passes,
         "map": engine.metadata.physical_to_logical_map.tolist(),
+        "map for the host": engine.metadata.physical_to_logical_map_cpu.tolist(),
         "placement": engine.fsm.placements[0].physical_to_logical_map.tolist(),
         "right": engine.slots_are_right(),
         "routed": engine.num_routed,
@@ -61,6 +62,24 @@ def test_every_token_reaches_its_expert_through_epochs(sources: Path, num_ranks:
     assert first["map"][-NUM_MOE_LAYERS:] == first["placement"]
     assert all(result["right"] for result in results)
     assert sum(result["counted"] for result in results) == first["routed"]
+
+
+@pytest.mark.compatibility(
+    engine="SGLang",
+    version="0.5.23",
+    what="EPLB modules over 2 gloo ranks, experts on an accelerator that they share (CUDA)",
+    how="driven",
+)
+@ON_ACCELERATOR
+def test_the_same_on_an_accelerator(sources: Path) -> None:
+    """With experts, counts and maps on a device that the ranks share; the maps' copies for the host are true too."""
+    results = run_ranks(2, _serve, sources, 6, {"device": accelerator()}, timeout_s=100)
+    for result in results:
+        assert result["outcomes"].count("COMMITTED") >= 5, result["outcomes"]
+        assert result["map"] == result["map for the host"]
+        assert result["map"][-NUM_MOE_LAYERS:] == result["placement"]
+        assert result["right"]
+    assert sum(result["counted"] for result in results) == results[0]["routed"]
 
 
 def _serve_stock(link: RankLink, sources: Path) -> Any:

@@ -97,6 +97,7 @@ def run_engine(
     num_tokens: int = 96,
     rounds: int = 1,
     prompts: list[list[int]] | None = None,
+    prompts_of_rounds: list[list[list[int]]] | None = None,
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 600,
     **llm: Any,
@@ -108,15 +109,15 @@ def run_engine(
         num_tokens: how many tokens to generate for each prompt in each round.
         rounds: how often to generate them.
         prompts: token ids; those of `fixed_prompts` by default.
+        prompts_of_rounds: other ones in each round.
         environment: variables for the engine's processes, besides and before those that it needs on a CPU.
         timeout_s: when to kill it.
         **llm: further keyword arguments of `vllm.LLM`, such as `tensor_parallel_size` and `eplb_config`.
     """
     request = {
         "llm": {**_LLM, "model": str(model), **llm},
-        "prompts": prompts or fixed_prompts(),
         "num_tokens": num_tokens,
-        "rounds": rounds,
+        "rounds": prompts_of_rounds or [prompts or fixed_prompts()] * rounds,
     }
     output, log = run_script("run_engine.py", request, environment or {}, timeout_s)
     return EngineRun(**output, log=log)

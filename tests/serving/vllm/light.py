@@ -88,7 +88,14 @@ def eplb_config(**changed: Any) -> SimpleNamespace:
 
 
 def install(
-    sources: Path, store: dist.Store, rank: int, world_size: int, *, runner_type: str = "generate", **parallel: Any
+    sources: Path,
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    *,
+    device: str = "cpu",
+    runner_type: str = "generate",
+    **parallel: Any,
 ) -> SimpleNamespace:
     """Make vLLM's EPLB modules importable on a rank; what is below ``vllm.distributed.eplb`` is the wheel's own.
 
@@ -97,6 +104,7 @@ def install(
         store: Of the engine's process group, which is made here.
         rank: This rank.
         world_size: Number of ranks.
+        device: Where the experts are.
         runner_type: Of the model: "generate" or "pooling".
         **parallel: What differs in vLLM's ``ParallelConfig``.
 
@@ -118,7 +126,9 @@ def install(
     )
     _stand_in_config(config)
     _stand_in_groups(rank, world_size)
-    _stand_in_device()
+    _stand_in_platform()
+    if device == "cpu":
+        _stand_in_streams()
     return config
 
 
@@ -165,11 +175,14 @@ def _stand_in_groups(rank: int, world_size: int) -> None:
     stand_in("vllm.distributed.device_communicators.pynccl_wrapper", ncclDataTypeEnum=object)
 
 
-def _stand_in_device() -> None:
+def _stand_in_platform() -> None:
     platform = SimpleNamespace(is_rocm=lambda: False, is_cuda=lambda: False, is_xpu=lambda: False)
     stand_in("vllm.platforms", current_platform=platform)
     stand_in("vllm.utils.gpu_sync_debug", gpu_sync_allowed=contextlib.nullcontext)
     stand_in("vllm.utils.torch_utils", PIN_MEMORY=False)
+
+
+def _stand_in_streams() -> None:
     stream = torch.Stream(device="cpu")
     torch.Event = _Event
     torch.accelerator.current_stream = lambda *args: stream

@@ -76,6 +76,11 @@ class Model(nn.Module):
         self.moe_layers = nn.ModuleList(MoELayer(RoutedExperts(weights, rank, held)) for weights in self.whole)
         self.expert_weights: list[list[torch.Tensor]] = []
 
+    def to(self, device: str) -> Model:  # type: ignore[override]
+        """Move what is compared with along with the experts."""
+        self.whole = [[weight.to(device) for weight in weights] for weights in self.whole]
+        return super().to(device)
+
     def set_eplb_state(self, load: torch.Tensor, slots: torch.Tensor, counts: torch.Tensor) -> None:
         """As vLLM's: each layer gets its views."""
         self.expert_weights = [layer.get_expert_weights() for layer in self.moe_layers]
@@ -102,6 +107,7 @@ class LightEngine(Driven):
         sources: vLLM's files.
         options: Variables ``EPLB_FSM_...`` for this rank, without their prefix.
         stock: Use vLLM's own state.
+        device: Where the models are.
         num_models: 2: a target and a draft model.
         **parallel: vLLM's parallel configuration.
     """
@@ -115,12 +121,14 @@ class LightEngine(Driven):
         options: dict[str, str] | None = None,
         *,
         stock: bool = False,
+        device: str = "cpu",
         num_models: int = 1,
         **parallel: Any,
     ) -> None:
         for name, value in {**OPTIONS, **(options or {})}.items():
             os.environ[f"EPLB_FSM_{name}"] = value
         self.link = link
+        self.device = device
         self.config = self._install(sources, parallel)
         from vllm.v1.worker.gpu import eplb_utils
 
@@ -132,7 +140,7 @@ class LightEngine(Driven):
         self.num_routed = 0
         self.num_experts = NUM_LOGICAL
         self.models = [self._make_model(seed) for seed in range(num_models)]
-        self.eplb = eplb_utils.EPLBController(self.config.parallel_config, torch.device("cpu"))
+        self.eplb = eplb_utils.EPLBController(self.config.parallel_config, torch.device(device))
         runner = type("Runner", (), {"eplb": self.eplb, "pass_": lambda _, **kwargs: self._forward(**kwargs)})
         self._runner = runner()
         self._real = eplb_utils.step_eplb_after()(runner.pass_)
@@ -140,10 +148,11 @@ class LightEngine(Driven):
         self.stock = stock
 
     def _install(self, sources: Path, parallel: dict[str, Any]) -> Any:
-        return light.install(sources, self.link.store(), self.link.rank, self.link.world_size, **parallel)
+        rank, world_size = self.link.rank, self.link.world_size
+        return light.install(sources, self.link.store(), rank, world_size, device=self.device, **parallel)
 
     def _make_model(self, seed: int) -> Model:
-        return Model(seed, self.link.rank, self.link.world_size)
+        return Model(seed, self.link.rank, self.link.world_size).to(self.device)
 
     @property
     def group(self) -> Any:
@@ -187,9 +196,9 @@ class LightEngine(Driven):
 
     def _forward_layer(self, model: Model, layer: int) -> None:
         skew = torch.ones(NUM_LOGICAL).index_fill_(0, torch.tensor([self.hot, self.hot + 1]), 8.0)
-        logical = torch.multinomial(skew.expand(NUM_TOKENS, -1), TOP_K, generator=self.draw)
-        hidden = torch.randn(NUM_TOKENS, HIDDEN, generator=self.draw)
-        share = torch.rand(NUM_TOKENS, TOP_K, generator=self.draw)
+        logical = torch.multinomial(skew.expand(NUM_TOKENS, -1), TOP_K, generator=self.draw).to(self.device)
+        hidden = torch.randn(NUM_TOKENS, HIDDEN, generator=self.draw).to(self.device)
+        share = torch.rand(NUM_TOKENS, TOP_K, generator=self.draw).to(self.device)
         module = model.moe_layers[layer]
         physical = self._route(module.eplb_state, logical)
         self.num_routed += physical.numel()
@@ -205,7 +214,7 @@ class LightEngine(Driven):
     @staticmethod
     def _route(state: Any, logical: torch.Tensor) -> torch.Tensor:
         """Take a replica of each expert, the same on every rank, and count it."""
-        row = torch.arange(len(logical))[:, None]
+        row = torch.arange(len(logical), device=logical.device)[:, None]
         replica = row % state.logical_replica_count[logical]
         physical = state.logical_to_physical_map[logical, replica]
         if state.should_record_tensor:

@@ -1,7 +1,8 @@
-"""Runs vLLM once: load, generate the same tokens greedily for some rounds, print one line of JSON, end.
+"""Runs vLLM once: load, generate tokens greedily for some rounds, print one line of JSON, end.
 
 Run by the Python of the engine's environment, with one argument, an object in JSON: `llm` (keyword arguments of
-`vllm.LLM`), `prompts` (lists of token ids), `num_tokens` and `rounds`. Everything but the result goes to stderr.
+`vllm.LLM`), `rounds` (the prompts of each: lists of token ids) and `num_tokens`. Everything but the result goes to
+stderr.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def main() -> None:
     llm = LLM(worker_extension_cls="vllm_on_cpu.probe.Probe", **request["llm"])
     result: dict[str, Any] = {"load_s": time.perf_counter() - began, "tokens": [], "round_s": []}
     result["maps"] = [llm.collective_rpc("probe_maps")]
-    for _ in range(request["rounds"]):
+    for prompts in request["rounds"]:
         began = time.perf_counter()
-        result["tokens"].append(_generate(llm, request["prompts"], request["num_tokens"]))
+        result["tokens"].append(_generate(llm, prompts, request["num_tokens"]))
         result["round_s"].append(time.perf_counter() - began)
         result["maps"].append(llm.collective_rpc("probe_maps"))
     llm.llm_engine.engine_core.shutdown()

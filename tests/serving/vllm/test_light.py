@@ -14,7 +14,7 @@ import torch
 from eplb_fsm.core.states import State
 from eplb_fsm.errors import BankError, ConfigError, UsageError
 from tests.dist.harness import RankFailedError, RankLink, run_ranks
-from tests.serving.driving import outcome_names
+from tests.serving.driving import ON_ACCELERATOR, accelerator, outcome_names
 from tests.serving.light import sources_of
 from tests.serving.vllm.light import VERSION, eplb_config
 from tests.serving.vllm.light_elastic import NUM_LOCAL, ElasticEngine
@@ -64,6 +64,24 @@ def test_every_token_reaches_its_expert_through_epochs(sources: Path, num_ranks:
     assert first["maps"] == first["placements"]
     assert first["own thread"] is None
     for result in results:
+        assert result["right"]
+        assert result["counted"][0] == result["counted"][1]
+
+
+@pytest.mark.compatibility(
+    engine="vLLM",
+    version="0.32.0",
+    what="EPLB modules over 2 gloo ranks, experts on an accelerator that they share (CUDA)",
+    how="driven",
+)
+@ON_ACCELERATOR
+@pytest.mark.parametrize("use_async", [True, False])
+def test_the_same_on_an_accelerator(sources: Path, use_async: bool) -> None:
+    """With experts, counts and maps of both models on a device that the ranks share, in both modes."""
+    arguments = {"num_models": 2, "device": accelerator(), "eplb_config": eplb_config(use_async=use_async)}
+    for result in run_ranks(2, _serve, sources, 6, arguments, timeout_s=100):
+        assert result["outcomes"].count("COMMITTED") >= 5, result["outcomes"]
+        assert result["maps"] == result["placements"]
         assert result["right"]
         assert result["counted"][0] == result["counted"][1]
 

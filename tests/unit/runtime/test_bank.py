@@ -139,11 +139,14 @@ def test_commit_bytes_must_hold_one_expert_and_fit_memory() -> None:
     assert StagingArea([bank], 0, num_buffers=2, commit_bytes=408, integrity="wire").num_bytes == 4 * 408
 
 
-def test_memory_that_gloo_cannot_move_is_refused() -> None:
-    """A tensor on another device than the host needs a transport that is device-direct."""
-    bank = _bank([{"w": torch.zeros(6, 4, device="meta")}])
-    with pytest.raises(BankError, match="is on meta and this transport moves host memory only"):
-        check_links(RebalanceConfig(), [bank], None, None)
+def test_memory_that_rows_cannot_be_staged_from_is_refused() -> None:
+    """Neither the host's nor an accelerator's; and experts on two devices."""
+    nowhere = _bank([{"w": torch.zeros(6, 4, device="meta")}])
+    with pytest.raises(BankError, match="is on meta, from which rows cannot be staged"):
+        check_links(RebalanceConfig(), [nowhere], None, None)
+    split = _bank([{"w": torch.zeros(6, 4), "scale": torch.zeros(6, device="meta")}])
+    with pytest.raises(BankError, match="'scale' is on meta and others are on cpu; all banks of a domain must"):
+        check_links(RebalanceConfig(), [split], None, None)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0)])

@@ -63,7 +63,7 @@ def test_what_was_not_delivered_when_due_is_an_error_and_no_wait() -> None:
 def test_a_collective_that_covers_other_ranks_is_refused() -> None:
     """Words of more or fewer ranks than the domain has are refused, with what to use instead."""
     channel = PiggybackVoteChannel(Domain(0, 2))
-    with pytest.raises(ChannelError, match="use the gloo channel where it does not"):
+    with pytest.raises(ChannelError, match="use the mesh or gloo channel where it does not"):
         channel.deliver(torch.zeros(3, NUM_VOTE_WORDS, dtype=torch.int64))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from eplb_fsm.core.reasons import AbortReason
 from eplb_fsm.errors import PlanError
+from eplb_fsm.runtime.device import CpuDevice
 from eplb_fsm.runtime.gauge import StepGauge
 from eplb_fsm.runtime.pending import Done, Pending
 from eplb_fsm.runtime.staging import IntegrityError
@@ -41,7 +42,7 @@ def _raising(error: BaseException) -> Iterator[Pending]:
 def test_whatever_a_job_raises_becomes_one_message_and_its_end_another(error: Exception, reason: AbortReason) -> None:
     """A job that raises is reported with its reason and as done, and the worker goes on."""
     mailbox = Mailbox()
-    worker = InlineWorker(mailbox)
+    worker = InlineWorker(mailbox, CpuDevice())
     worker.submit(Job(3, AbortReason.TRANSFER_ERROR, _raising(error), 1.0))
     worker.submit(Job(4, AbortReason.TRANSFER_ERROR, iter([Done()]), 1.0))
     worker.run_inline()
@@ -63,7 +64,7 @@ def test_the_worker_interrupts_no_step_when_it_wakes() -> None:
         other.join()
         yield Done()
 
-    worker = ThreadWorker(Mailbox(), "eplb-fsm-worker-test")
+    worker = ThreadWorker(Mailbox(), CpuDevice(), "eplb-fsm-worker-test")
     worker.submit(Job(1, AbortReason.TRANSFER_ERROR, look(), 1.0))
     worker.close()
     assert policies == [os.SCHED_BATCH] * 2
@@ -78,13 +79,13 @@ def test_a_sandbox_that_forbids_the_policy_prevents_nothing(monkeypatch: pytest.
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    ThreadWorker(Mailbox(), "eplb-fsm-worker-test").close()
+    ThreadWorker(Mailbox(), CpuDevice(), "eplb-fsm-worker-test").close()
 
 
 def test_close_ends_after_the_jobs_that_were_submitted() -> None:
     """Peers may be in them already: a rank that closes between two jobs must not leave them waiting for the second."""
     mailbox = Mailbox()
-    worker = ThreadWorker(mailbox, "eplb-fsm-worker-test")
+    worker = ThreadWorker(mailbox, CpuDevice(), "eplb-fsm-worker-test")
     begun, go_on = threading.Event(), threading.Event()
 
     def first() -> Iterator[Pending]:
@@ -121,7 +122,7 @@ def test_close_ends_the_wait_of_a_paced_transfer() -> None:
 def test_a_thread_that_dies_is_seen() -> None:
     """What no job may survive ends the thread; the rank sees it, and the job still ends."""
     mailbox = Mailbox()
-    worker = ThreadWorker(mailbox, "eplb-fsm-worker-test")
+    worker = ThreadWorker(mailbox, CpuDevice(), "eplb-fsm-worker-test")
     worker.submit(Job(1, AbortReason.WORKER_ERROR, _raising(SystemExit()), 1.0))
     worker.join()
     assert not worker.is_alive
