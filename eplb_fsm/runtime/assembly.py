@@ -131,7 +131,8 @@ def _check_placement(bank: Bank, placement: Placement, config: RebalanceConfig, 
 
 def _check_memory(banks: Sequence[Bank]) -> None:
     """Rows are staged from and to one device: the host, or what this torch calls its accelerator."""
-    device, accelerator = banks[0].device, torch.accelerator.current_accelerator()
+    device = banks[0].device
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device.type not in ("cpu", accelerator.type if accelerator else "cpu"):
         raise BankError(
             f"bank {banks[0].name!r} is on {device}, from which rows cannot be staged: it is neither host memory nor "

@@ -22,6 +22,7 @@ from eplb_fsm.runtime.domain import Domain, Handshake, check_equal
 from eplb_fsm.runtime.marks import BackgroundMarkBoard, StoreMarkBoard
 from eplb_fsm.runtime.mesh import MeshVoteChannel
 from eplb_fsm.runtime.parts import EngineSide, Links, Parts, assemble, make_staging
+from eplb_fsm.runtime.peers import check_address
 from eplb_fsm.runtime.transport import GlooTransport, Transport
 from eplb_fsm.runtime.watchdog import Watchdog
 from eplb_fsm.runtime.worker import InlineWorker, Mailbox, ThreadWorker, Worker
@@ -89,12 +90,14 @@ def _connect(
     """First everything that can fail on this rank alone, then the comparison, then what needs all ranks."""
     check_banks(config, domain, engine.banks, engine.placements)
     check_links(config, engine.banks, transport, channel)
+    if channel is None and domain.world_size <= _MAX_MESH_RANKS:
+        check_address(store)
     task = plan_task(config, domain, engine.banks)
     staging = make_staging(config, task.budget, domain.rank, engine)
     planner = make_planner(config, domain, task)
     if planner is not None:
         opened.callback(planner.close)
-    lag = _compare_ranks(handshake, domain, engine, config)
+    lag = _compare_ranks(handshake, domain, engine, config, channel)
     if channel is None:
         channel = _make_channel(domain, store, config)
         opened.callback(channel.close)
@@ -111,9 +114,12 @@ def _connect(
     mailbox = Mailbox()
     worker = _make_worker(config, domain, mailbox, engine.stream())
     opened.callback(worker.close)
-    return assemble(
+    parts = assemble(
         domain, config, engine, links, task, staging=staging, mailbox=mailbox, worker=worker, planner=planner
     )
+    # Tables and counters were filled on the stream of this call, and the engine may read them on another one.
+    engine.stream().record_event().wait(config.start_timeout_s)
+    return parts
 
 
 def _make_channel(domain: Domain, store: dist.Store, config: RebalanceConfig) -> VoteChannel:
@@ -142,12 +148,15 @@ def _make_watchdog(store: dist.Store, parts: Parts, on_peer_lost: Callable[[Sequ
     )
 
 
-def _compare_ranks(handshake: Handshake, domain: Domain, engine: EngineSide, config: RebalanceConfig) -> int:
+def _compare_ranks(
+    handshake: Handshake, domain: Domain, engine: EngineSide, config: RebalanceConfig, channel: VoteChannel | None
+) -> int:
     """Compare what the ranks were started with; return the lag they agree on."""
     wanted_lag = _AUTO_LAG + engine.stream().max_passes_ahead if config.lag == "auto" else config.lag
     offer: dict[str, Any] = {
         "protocol_version": PROTOCOL_VERSION,
         "world_size": domain.world_size,
+        "vote channel": "default" if channel is None else type(channel).__name__,
         **asdict(config),
         "number of banks": len(engine.banks),
     }

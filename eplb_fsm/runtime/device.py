@@ -20,6 +20,7 @@ from eplb_fsm.errors import TransferError
 from eplb_fsm.runtime.pending import Done, Pending
 
 _EVENT_POLL_S = 0.0002
+_CLOSE_WAIT_S = 5.0
 
 
 class DeviceOps(Protocol):
@@ -46,6 +47,10 @@ class DeviceOps(Protocol):
         """Return an event that is done once everything that was enqueued in that context has run."""
         ...
 
+    def close(self) -> None:
+        """Wait for a moment until what was enqueued has run: its memory is given back then."""
+        ...
+
 
 class CpuDevice:
     """The host itself: what is enqueued has run when :meth:`enqueue` returns."""
@@ -67,6 +72,9 @@ class CpuDevice:
     def worker_event(self) -> Pending:
         """Return an event that is done."""
         return _DONE
+
+    def close(self) -> None:
+        """Nothing to wait for."""
 
 
 _DONE = Done()
@@ -93,11 +101,13 @@ class AcceleratorDevice:
         give their memory to the next ones there as soon as they are dropped."""
 
     def enqueue(self, operation: Callable[[], object]) -> None:
-        """Call ``operation``, which enqueues on the current stream."""
-        operation()
-        self._running.append((self.record_event(), operation))
+        """Call ``operation``, which enqueues on the current stream, behind what was enqueued on another one before."""
         while self._running and self._running[0][0].poll():
             self._running.popleft()
+        if self._running:
+            self._running[-1][0].hold(torch.accelerator.current_stream(self._device))
+        operation()
+        self._running.append((self.record_event(), operation))
 
     def record_event(self) -> _AcceleratorEvent:
         """Return an event of the current stream."""
@@ -117,6 +127,12 @@ class AcceleratorDevice:
         """Return an event of the current stream, which is the worker's."""
         return _AcceleratorEvent(self._device)
 
+    def close(self) -> None:
+        """Wait until commits have run."""
+        if self._running:
+            self._running[-1][0].wait(_CLOSE_WAIT_S)
+        self._running.clear()
+
 
 class _AcceleratorEvent:
     """An event of the stream that is current where it is made."""
@@ -124,6 +140,10 @@ class _AcceleratorEvent:
     def __init__(self, device: torch.device) -> None:
         self._event = torch.Event(device)
         self._event.record(torch.accelerator.current_stream(device))
+
+    def hold(self, stream: torch.Stream) -> None:
+        """Have what is enqueued on a stream from here on run after this event."""
+        self._event.wait(stream)
 
     def poll(self) -> bool:
         return self._event.query()
@@ -169,6 +189,9 @@ class SimulatedDevice:
     def worker_event(self) -> Pending:
         """Return an event that is done."""
         return _DONE
+
+    def close(self) -> None:
+        """Nothing: the scheduler says what runs."""
 
     @property
     def num_pending(self) -> int:

@@ -25,7 +25,9 @@ class MapWriter(Protocol):
     def prepare(
         self, bank: int, layers: Sequence[int], placement: Placement, shares: Float64Array | None = None
     ) -> object:
-        """Compute what :meth:`write` will copy for these layers; worker thread, may take its time.
+        """Compute what :meth:`write` will copy for these layers; worker thread and its stream, may take its time.
+
+        Copies to an accelerator that it makes have to be done when it returns.
 
         Args:
             bank: Index of the bank.

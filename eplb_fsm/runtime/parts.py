@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.core.resolution import Journal
-from eplb_fsm.errors import UsageError
+from eplb_fsm.errors import ConfigError, UsageError
 from eplb_fsm.load.recorder import LoadRecorder, LoadSource
 from eplb_fsm.observe.events import Observer
 from eplb_fsm.observe.health import Peer
@@ -20,7 +20,7 @@ from eplb_fsm.placement.task import PlanTask
 from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.channel import VoteChannel
 from eplb_fsm.runtime.clock import Clock, monotonic
-from eplb_fsm.runtime.device import DeviceOps, operations_on
+from eplb_fsm.runtime.device import CpuDevice, DeviceOps, operations_on
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.epoch import EpochRunner
 from eplb_fsm.runtime.failstop import FailStopAction, exit_process
@@ -67,9 +67,16 @@ class EngineSide:
     clock: Clock = monotonic
 
     def stream(self) -> DeviceOps:
-        """Return :attr:`device`; made if need be, once the banks have been checked."""
+        """Return :attr:`device`; made if need be, once the banks have been checked.
+
+        Raises:
+            ConfigError: The engine brought one of the host for experts that are elsewhere.
+        """
+        where = self.banks[0].device
         if self.device is None:
-            self.device = operations_on(self.banks[0].device)
+            self.device = operations_on(where)
+        if where.type != "cpu" and isinstance(self.device, CpuDevice):
+            raise ConfigError(f"device = CpuDevice() and the experts are on {where}: leave `device` out")
         return self.device
 
 
@@ -239,7 +246,7 @@ def assemble(
         observers=tuple(engine.observers),
         own_maps=own_maps,
         staging_bytes=staging.num_bytes,
-        closers=[runner.close, links.channel.close, links.transport.close, worker.join],
+        closers=[runner.close, links.channel.close, links.transport.close, worker.join, engine.stream().close],
     )
 
 

@@ -16,12 +16,12 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from eplb_fsm.errors import ConsensusTimeout
+from eplb_fsm.errors import ConfigError, ConsensusTimeout
 from eplb_fsm.runtime.domain import Domain
 
 _TOKEN_BYTES = 16
@@ -62,8 +62,8 @@ def connect_peers(domain: Domain, store: dist.Store, purpose: str, timeout_s: fl
                 view.set(str(domain.rank), json.dumps([*listener.getsockname()[:2], token.hex()]))
                 for rank in range(domain.rank):
                     peers[rank] = opened.enter_context(_call(view, rank, domain.rank, deadline))
-                while len(peers) < domain.world_size - 1:
-                    rank, peer = _answer(listener, token, deadline)
+                while missing := _missing(domain, peers):
+                    rank, peer = _answer(listener, token, missing, deadline)
                     peers[rank] = opened.enter_context(peer)
         except (OSError, RuntimeError) as error:  # torch's stores raise the latter
             missing = _missing(domain, peers)
@@ -86,6 +86,21 @@ def _missing(domain: Domain, peers: Mapping[int, socket.socket]) -> list[int]:
         if rank not in peers:
             return [rank]  # the ranks below are called one after the other: nothing is known of those after it
     return [rank for rank in range(domain.rank + 1, domain.world_size) if rank not in peers]
+
+
+def check_address(store: dist.Store) -> None:
+    """See that this rank finds an address to listen at, before it meets others.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    try:
+        _listen(_own_address(store)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"this rank has no address to connect to ({error}); let the store's host be one that this machine can "
+            f"reach, or have {_INTERFACE_VARIABLE} name an interface"
+        ) from error
 
 
 def _own_address(store: dist.Store) -> str:
@@ -122,12 +137,18 @@ def _call(view: dist.Store, rank: int, own_rank: int, deadline: float) -> socket
     view.wait([str(rank)], timedelta(seconds=_left(deadline)))
     address, port, token = json.loads(view.get(str(rank)))
     peer = socket.create_connection((address, port), timeout=_left(deadline))
-    peer.sendall(_HELLO.pack(own_rank, bytes.fromhex(token)))
+    try:
+        peer.sendall(_HELLO.pack(own_rank, bytes.fromhex(token)))
+    except OSError:
+        peer.close()
+        raise
     return peer
 
 
-def _answer(listener: socket.socket, token: bytes, deadline: float) -> tuple[int, socket.socket]:
-    """Take the next connection of a rank; one from anybody else is closed."""
+def _answer(
+    listener: socket.socket, token: bytes, missing: Sequence[int], deadline: float
+) -> tuple[int, socket.socket]:
+    """Take the next connection of a rank that is missing; one from anybody else is closed."""
     while True:
         listener.settimeout(_left(deadline))
         caller, _ = listener.accept()
@@ -136,7 +157,7 @@ def _answer(listener: socket.socket, token: bytes, deadline: float) -> tuple[int
         except (OSError, struct.error):
             caller.close()
             continue
-        if hmac.compare_digest(said, token):
+        if hmac.compare_digest(said, token) and rank in missing:
             return rank, caller
         caller.close()
 

@@ -141,11 +141,12 @@ class StagingArea:
         arriving = _parcels(self._receive[at.buffer_idx], routes.receives, at.layout.stride)
         yield transport.begin(_parcels(self._send[at.buffer_idx], routes.sends, at.layout.stride), arriving, tag)
         self._verify(at, arriving)
+        # From here on nothing fails until the copies have run: a job that ended before could be taken for drained.
+        prepared = tables.prepare(chunk.bank, chunk.layers, placements[chunk.bank])
         # Local copies are staged like receives: all reads of a chunk come before any of its writes.
         self._copy_rows(at, routes.local.sources, routes.local.rows, is_send=False)
         self._bring(at, routes.local.first_row)
         live, staged = self._copies(at, [*routes.receives, routes.local])
-        prepared = tables.prepare(chunk.bank, chunk.layers, placements[chunk.bank])
         if not self._is_on_host:
             yield self._device.worker_event()
         return CommitProgram(

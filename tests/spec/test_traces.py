@@ -206,7 +206,7 @@ def is_legal(it: Tampered) -> bool:
     Either two neighbours changed places that leave the state as it was, so that they commute; or it was the last event
     of its rank, and nobody else was told of it: the trace of a rank that ended earlier, or otherwise; or the rank left
     a step() out, read a round one step late, and made what that decided live in time; or two jobs found the transfer
-    group broken, where it was one.
+    group broken, where it was one; or a plan was another one, and the epoch was aborted before a round compared plans.
     """
     if it.following is None:
         return it.how in ("drop", "alter")
@@ -214,8 +214,17 @@ def is_legal(it: Tampered) -> bool:
         return it.following.step == it.event.step + 1
     if (it.how, it.event.action) == ("double", "TransportLost"):
         return True
+    if it.event.action == "PlanReady" and it.word in ("plan_digest", "num_chunks"):
+        return _next_decision(it) in ("ABORT", "STOP")
     states = [projected(event) for event in (it.previous, it.event, it.following)]
     return it.how == "swap" and states[0] == states[1] == states[2]
+
+
+def _next_decision(it: Tampered) -> str:
+    """What the first round after an event that decided anything decided for its rank."""
+    later = [event for event in it.run.events[it.event.words["rank"]] if event.line > it.event.line]
+    decisions = [event.detail["decision"] for event in later if event.action == "ReadRound"]
+    return next((decision for decision in decisions if decision != "NONE"), "")
 
 
 @pytest.mark.slow

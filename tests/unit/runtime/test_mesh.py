@@ -270,7 +270,7 @@ def test_what_was_sent_before_close_arrives_though_something_was_unread(narrow: 
     while not reader.error:
         received += reader.receive()
     assert reader.error == "closed by that rank"
-    assert len(received) == num_sent - 1  # the last one was kept, in part or as a whole
+    assert num_sent - len(received) in (0, 1)  # the last one was kept, and leaves if there is room at the close
 
 
 class _Reluctant:
