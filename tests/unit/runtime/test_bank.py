@@ -10,7 +10,9 @@ import torch
 from eplb_fsm import Bank, Placement, RebalanceConfig, find_unregistered_tensors
 from eplb_fsm.errors import BankError, ConfigError, PlacementError
 from eplb_fsm.runtime.assembly import check_banks, check_links, plan_task
+from eplb_fsm.runtime.device import CpuDevice
 from eplb_fsm.runtime.domain import Domain
+from eplb_fsm.runtime.parts import EngineSide
 from eplb_fsm.runtime.rowlayout import RowLayout
 from eplb_fsm.runtime.staging import StagingArea
 
@@ -147,6 +149,14 @@ def test_memory_that_rows_cannot_be_staged_from_is_refused() -> None:
     split = _bank([{"w": torch.zeros(6, 4), "scale": torch.zeros(6, device="meta")}])
     with pytest.raises(BankError, match="'scale' is on meta and others are on cpu; all banks of a domain must"):
         check_links(RebalanceConfig(), [split], None, None)
+
+
+def test_a_stream_of_the_host_is_refused_for_experts_elsewhere() -> None:
+    """Its events would be done before any copy of theirs."""
+    nowhere = _bank([{"w": torch.zeros(6, 4, device="meta")}])
+    side = EngineSide(banks=[nowhere], placements=[], device=CpuDevice())
+    with pytest.raises(ConfigError, match="the experts are on meta: leave `device` out"):
+        side.stream()
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0)])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from eplb_fsm.errors import ConsensusTimeout
+from eplb_fsm.errors import ConfigError, ConsensusTimeout
 from eplb_fsm.runtime import peers
 from eplb_fsm.runtime.domain import Domain
 from tests.unit.runtime.meshes import PATIENT_S, Meeting
@@ -194,3 +194,13 @@ def test_the_interface_of_gloo_is_that_of_the_votes(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-one")
     with _ranks(2) as ranks, pytest.raises(ConsensusTimeout, match="IFNAME = 'no-such-one': no such interface"):
         ranks.start(0).result()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the address")
+def test_an_address_is_looked_for_before_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with this rank alone is its own error, before others wait for it."""
+    store = Meeting().store(_OWN)
+    peers.check_address(store)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-one")
+    with pytest.raises(ConfigError, match=r"no such interface has an IPv4 address.*or have GLOO_SOCKET_IFNAME name"):
+        peers.check_address(store)
