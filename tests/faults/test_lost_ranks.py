@@ -158,7 +158,7 @@ def _killed_in_the_window(link: RankLink) -> Fate:
     channel, transport = FaultyChannel(link, store), FaultyTransport(link, store)
     loop = _connected(link, lost, store=store, connect={"channel": channel, "transport": transport})
     if link.rank == 1:
-        transport.late_s = 1.0  # the others have promised long before this rank does
+        transport.late_s = 3.0  # the others have promised long before this rank does, also where cores are few
         channel.before_post = KILL_WHEN_STAGED
     with loop.fsm as fsm:
         fsm.arm()
@@ -172,7 +172,7 @@ def test_a_rank_killed_while_it_promised_ends_the_others_by_name() -> None:
         ranks.will_die(1)
         survivors = [fate for fate in ranks.join() if fate is not None]
     for fate in survivors:
-        assert fate.named == (1,)
+        assert fate.named == (1,), survivors
         assert "did not say" in fate.raised
         assert not fate.raised.startswith("step() returned")
     assert survivors[0].digests == survivors[1].digests
@@ -223,7 +223,7 @@ def _stopped_inside(link: RankLink) -> Fate:
     channel, transport = FaultyChannel(link, store), FaultyTransport(link, store)
     loop = _connected(link, lost, store=store, connect={"channel": channel, "transport": transport})
     if link.rank == 1:
-        transport.late_s = 1.0  # the others have promised long before this rank does
+        transport.late_s = 3.0  # the others have promised long before this rank does, also where cores are few
         channel.before_post = signal_self_when_staged(signal.SIGSTOP)
     with loop.fsm as fsm:
         fsm.arm()
