@@ -274,8 +274,9 @@ def _allocate(
         return receive, send, [torch.empty(commit_bytes, dtype=torch.uint8, device=device) for _ in receive]
     except (MemoryError, RuntimeError) as error:  # torch says the latter
         raise ConfigError(
-            f"staging takes 2 * staging_buffers * commit_bytes = {2 * num_buffers * commit_bytes} bytes, and half as "
-            "much on an accelerator, which cannot be allocated; lower commit_bytes or staging_buffers"
+            f"staging takes 2 * staging_buffers * commit_bytes = {2 * num_buffers * commit_bytes} bytes of the host"
+            f"{'' if is_on_host else f' and half as much on {device}'}, which cannot be allocated; "
+            "lower commit_bytes or staging_buffers"
         ) from error
 
 
