@@ -15,6 +15,8 @@ DrainDeadline == Setup.drain_deadline    \* steps until an abort that does not d
 NumChunks == Setup.num_chunks            \* chunks of a plan
 NumBuffers == Setup.num_buffers          \* chunks that may be staged at a time, so the most that one round commits
 
+WaitedPerPause == 4   \* steps of waiting for each step between two rounds of an epoch
+
 NoVote == [round |-> 0]
 NoPlan == "none"
 SkipPlan == "skip"
@@ -34,7 +36,7 @@ InitialCore(live) ==
      post_due |-> IdleInterval, lag |-> Lag, plan |-> NoPlan, chunk |-> 0, staged |-> 0, decided |-> 0,
      commit_due |-> Never, leaving |-> FALSE, abort |-> 0, stop |-> 0,
      request |-> FALSE, freeze |-> FALSE, frozen |-> FALSE, drained |-> TRUE, earliest |-> 0, entered |-> 0, epoch_start |-> 0,
-     live |-> live, outcome |-> NoOutcome]
+     progressed |-> 0, live |-> live, outcome |-> NoOutcome]
 
 Active(c) == c.state \in ActiveStates
 HasPosted(c) == c.posted # NoVote
@@ -108,17 +110,18 @@ StopRebalancing(c, reason) ==
     IN IF Active(c) THEN EndEpoch(quiet, "STOPPED", "FAILED", reason) ELSE Enter(quiet, "STOPPED")
 
 StartEpoch(c) ==
-    Enter([c EXCEPT !.epoch = @ + 1, !.epoch_start = c.step, !.chunk = 0, !.staged = 0, !.plan = NoPlan, !.abort = 0,
-                    !.request = FALSE], "COLLECTING")
+    Enter([c EXCEPT !.epoch = @ + 1, !.epoch_start = c.step, !.progressed = c.step, !.chunk = 0, !.staged = 0,
+                    !.plan = NoPlan, !.abort = 0, !.request = FALSE], "COLLECTING")
 
-BeginTransfer(c) == Enter(c, "TRANSFERRING")
+BeginTransfer(c) == Enter([c EXCEPT !.progressed = c.step], "TRANSFERRING")
 SkipEpoch(c) == EndEpoch(c, "IDLE", "SKIPPED", "none")
 FinishEpoch(c) == EndEpoch(c, "IDLE", "COMMITTED", "none")
 
 (* A step that commits does nothing else if it can: what a round has decided becomes live at the steps after the one at
    which it was read, one chunk at each. In the synchronous mode there is only one step. *)
 StepsPerCommit(c) == IF c.lag = 0 THEN 0 ELSE 1
-DecideCommits(c, chunks) == [c EXCEPT !.decided = chunks, !.commit_due = c.read_due + StepsPerCommit(c)]
+DecideCommits(c, chunks) ==
+    [c EXCEPT !.decided = chunks, !.progressed = c.step, !.commit_due = c.read_due + StepsPerCommit(c)]
 
 AbortEpoch(c, reason) ==
     EndEpoch([c EXCEPT !.earliest = c.step + Backoff, !.request = TRUE], "IDLE", "ABORTED", reason)
@@ -138,11 +141,12 @@ MayPostNext(c) ==
     /\ c.state # "STOPPED" /\ ~c.leaving
     /\ c.decided > 0 => NextChunk(c) < ChunksOf(c.plan) /\ c.decided <= c.lag
 
-(* While active the next round follows as soon as it may, while idle at the next multiple of the interval. *)
+(* While active the next round follows the later the longer ranks wait, while idle at the next multiple of the interval. *)
+Pause(waited) == Smallest({waited \div WaitedPerPause, IdleInterval})
 ScheduleNext(c) ==
     LET last == IF c.lag = 0 THEN c.step ELSE c.step - 1
     IN CASE ~MayPostNext(c) -> [c EXCEPT !.post_due = Never]
-         [] Active(c) -> [c EXCEPT !.post_due = c.step]
+         [] Active(c) -> [c EXCEPT !.post_due = c.step + Pause(c.step - c.progressed)]
          [] OTHER -> [c EXCEPT !.post_due = ((last \div IdleInterval) + 1) * IdleInterval]
 
 read_round(c, decision) ==
@@ -150,7 +154,7 @@ read_round(c, decision) ==
 
 commit_chunk(c) ==
     LET due == IF c.decided = 1 THEN Never ELSE c.step + StepsPerCommit(c)
-        next == [c EXCEPT !.chunk = @ + 1, !.decided = @ - 1, !.commit_due = due,
+        next == [c EXCEPT !.chunk = @ + 1, !.decided = @ - 1, !.progressed = c.step, !.commit_due = due,
                           !.live = Successor(@, c.plan, c.chunk)]
         ended == IF next.chunk = ChunksOf(c.plan) THEN FinishEpoch(next) ELSE next
     IN IF HasPosted(c) THEN ended ELSE ScheduleNext(ended)
@@ -209,8 +213,12 @@ CommitCannotFailIn(c) ==
 OutcomeRecordedIn(c) == c.epoch > 0 /\ ~Active(c) => c.outcome.epoch = c.epoch
 
 (* core/deadlines.py derives it. *)
+FirstVotePast(deadline, lag) == deadline + lag + Pause(deadline + lag)
 EpochBound(plan, lag) ==
-    DeadlineIn("COLLECTING", plan) + DeadlineIn("COMPUTING", plan) + DeadlineIn("AWAITING_CONSENSUS", plan)
-    + DeadlineIn("TRANSFERRING", plan) + 6 * lag + NumBuffers - 1
+    LET computing == FirstVotePast(DeadlineIn("COLLECTING", plan), lag)
+        awaiting == FirstVotePast(computing + DeadlineIn("COMPUTING", plan), lag)
+        decided == awaiting + DeadlineIn("AWAITING_CONSENSUS", plan)
+        moved == decided + lag + FirstVotePast(DeadlineIn("TRANSFERRING", plan), lag) + NumBuffers - 1
+    IN Largest({FirstVotePast(decided, lag), moved}) + lag
 EpochBoundedIn(c) == Active(c) => c.step - c.epoch_start <= EpochBound(c.plan, c.lag)
 =============================================================================

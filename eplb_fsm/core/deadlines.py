@@ -1,24 +1,28 @@
-"""How long an epoch may take, in steps; ``EpochBounded`` of the spec.
+"""When an epoch's rounds follow each other, and how long it may take, in steps; ``EpochBounded`` of the spec.
 
-A deadline only votes. While an epoch is under way a vote is read ``lag`` steps after it was posted, and the next one is
-posted then, or at the latest at the last of the commits that it decided: one a step, and no more than staging buffers.
-So between a deadline and what it causes lie a posting and a reading:
+What an epoch waits for takes as long as it takes, and rounds meanwhile cost steps. So the longer ranks have waited, the
+later the next round: that makes no wait longer than by a quarter, and the rounds in it few.
 
-* A rank leaves COLLECTING, and likewise COMPUTING, at a posting: at the latest at the first one past the deadline,
-  ``lag`` steps after it. If it does not leave there, that vote asks to abort and is read ``lag`` steps later.
-* The same holds for AWAITING_CONSENSUS and TRANSFERRING, which end with a decision: the vote that asks to abort is
-  posted at most ``lag`` steps past the deadline, in TRANSFERRING also the steps of further commits, and read ``lag``
-  steps after that.
+A deadline only votes. While an epoch is under way a vote is read ``lag`` steps after it was posted. The next one is
+posted then or after the pause that the wait so far allows; or, where more has been decided, at the latest at the last
+of those commits: one a step, and no more than staging buffers. So what a deadline causes comes later than it:
 
-So the four deadlines add up, with ``lag`` once for each of the first two states and twice for each of the others, and
-once the steps that commits may put a vote off. A round that is late or lost takes time but no steps: the rank stands
-still inside ``step()``.
+* A rank leaves COLLECTING, and likewise COMPUTING, at a posting: at the latest at the first one past the deadline. If
+  it does not leave there, that vote asks to abort and is read ``lag`` steps later.
+* AWAITING_CONSENSUS ends with the reading of a vote: of one from before the deadline, or of the first one past it,
+  which asks to abort.
+* So does TRANSFERRING; there the first vote past the deadline may be as much later as commits take steps.
+
+A round that is late or lost takes time but no steps: the rank stands still inside ``step()``.
 """
 
 from __future__ import annotations
 
 from eplb_fsm.config import RebalanceConfig
-from eplb_fsm.core.states import ACTIVE_STATES, State
+from eplb_fsm.core.states import State
+
+_WAITED_PER_PAUSE = 4
+"""Steps of waiting for each step between two rounds."""
 
 
 def deadline_steps(config: RebalanceConfig, state: State, transferring_deadline_steps: int) -> int:
@@ -35,6 +39,16 @@ def deadline_steps(config: RebalanceConfig, state: State, transferring_deadline_
     return steps
 
 
+def pause_steps(waited: int, idle_interval: int) -> int:
+    """Return how many steps after the reading of a round the next one of the same epoch is posted.
+
+    Args:
+        waited: Steps since ranks last got further together.
+        idle_interval: Steps between rounds in IDLE; no pause is longer.
+    """
+    return min(waited // _WAITED_PER_PAUSE, idle_interval)
+
+
 def epoch_bound_steps(config: RebalanceConfig, lag: int, transferring_deadline_steps: int) -> int:
     """Return the largest number of steps from START to the outcome of an epoch, on any rank.
 
@@ -43,5 +57,13 @@ def epoch_bound_steps(config: RebalanceConfig, lag: int, transferring_deadline_s
         lag: Steps between posting and reading a round while the epoch was under way; it changes only in IDLE.
         transferring_deadline_steps: The deadline of TRANSFERRING that the plan carries; 0 when it was never begun.
     """
-    deadlines = sum(deadline_steps(config, state, transferring_deadline_steps) for state in ACTIVE_STATES)
-    return deadlines + 6 * lag + config.staging_buffers - 1
+
+    def first_vote_past(deadline: int) -> int:
+        read = deadline + lag
+        return read + pause_steps(read, config.idle_round_interval)
+
+    computing = first_vote_past(config.collecting_deadline_steps)
+    awaiting = first_vote_past(computing + config.computing_deadline_steps)
+    decided = awaiting + config.awaiting_consensus_deadline_steps
+    moved = decided + lag + first_vote_past(transferring_deadline_steps) + config.staging_buffers - 1
+    return max(first_vote_past(decided), moved) + lag

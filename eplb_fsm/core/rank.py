@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eplb_fsm.config import RebalanceConfig
-from eplb_fsm.core.deadlines import deadline_steps
+from eplb_fsm.core.deadlines import deadline_steps, pause_steps
 from eplb_fsm.core.lifecycle import Lifecycle
 from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason, encode_reason
 from eplb_fsm.core.states import ACTIVE_STATES, State
@@ -70,6 +70,8 @@ class RankCore:
         self.epoch = 0
         self.epoch_start_step = 0
         self.state_entered_step = 0
+        self.progressed_step = 0
+        """The last step of the epoch at which all ranks got further: a decision, or a commit."""
         self.posted: Vote | None = None
         """The vote of a round that was posted and not read yet."""
         self.idle_interval = min(config.idle_round_interval, config.step_interval or NEVER)
@@ -253,6 +255,7 @@ class RankCore:
         self.live_digest = live_digest
         self.chunk_idx += 1
         self.num_decided -= 1
+        self.progressed_step = self.step_idx
         self.commit_due = self.step_idx + self._steps_per_commit if self.num_decided else NEVER
         if self.chunk_idx == self.plan.num_chunks:
             cooldown = self.config.cooldown_steps
@@ -358,6 +361,7 @@ class RankCore:
             self._finish("skip_epoch", OutcomeKind.SKIPPED)
         elif kind is DecisionKind.BEGIN:
             self._enter("begin_transfer")
+            self.progressed_step = self.step_idx
         elif kind is DecisionKind.COMMIT:
             self._decide_commits(decision.num_chunks)
         elif kind is DecisionKind.ABORT:
@@ -377,18 +381,18 @@ class RankCore:
         return self._next_chunk < self.plan.num_chunks and self.num_decided <= self.lag
 
     def _schedule_next(self) -> None:
-        """While active the next round follows as soon as it may, while idle at the next multiple of the interval."""
+        """While active rounds are the rarer the longer ranks wait, while idle at the multiples of the interval."""
         if self.state is State.STOPPED or not self._may_post_next:
             self.post_due = NEVER
         elif self.is_active:
-            self.post_due = self.step_idx
+            self.post_due = self.step_idx + pause_steps(self.step_idx - self.progressed_step, self.idle_interval)
         else:
             last = self.step_idx - 1 if self.lag else self.step_idx
             self.post_due = (last // self.idle_interval + 1) * self.idle_interval
 
     def _start(self, posted_at: int) -> None:
         self.epoch += 1
-        self.epoch_start_step = self.step_idx
+        self.epoch_start_step = self.progressed_step = self.step_idx
         self.chunk_idx = self.num_staged = 0
         self.plan = None
         self._abort_word = 0
@@ -404,6 +408,7 @@ class RankCore:
 
     def _decide_commits(self, num_chunks: int) -> None:
         self.num_decided = num_chunks
+        self.progressed_step = self.step_idx
         self.commit_due = self.read_due + self._steps_per_commit
 
     def _abort(self, decision: Decision) -> None:
@@ -429,18 +434,10 @@ class RankCore:
 
     def _end_epoch(self, action: str, kind: OutcomeKind, reason: AbortReason | StopReason | None, detail: str) -> None:
         self.last_outcome = Outcome(
-            epoch=self.epoch,
-            kind=kind,
-            reason=reason,
-            detail=detail,
-            start_step=self.epoch_start_step,
-            end_step=self.step_idx,
-            num_commits=self.chunk_idx,
+            self.epoch, kind, reason, detail, self.epoch_start_step, end_step=self.step_idx, num_commits=self.chunk_idx
         )
         self.plan = None
-        self.chunk_idx = 0
-        self.num_staged = 0
-        self.num_decided = 0
+        self.chunk_idx = self.num_staged = self.num_decided = 0
         self.commit_due = NEVER
         self._abort_word = 0
         self._enter(action)

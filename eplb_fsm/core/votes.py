@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from eplb_fsm.core.reasons import AbortReason, StopReason, decode_reason
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Compared by every rank through the store before the first round, and again in each vote."""
 
 

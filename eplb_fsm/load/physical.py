@@ -34,6 +34,7 @@ class PhysicalLoadRecorder(LoadRecorder):
         self._columns = tuple(torch.tensor(p.physical_to_logical_map + 1).to(device) for p in placements)
         self._open = tuple(torch.zeros_like(columns) for columns in self._columns)
         self._totals = tuple(self._bank_total(bank) for bank in range(len(placements)))
+        self._takers: list[Callable[[], object]] = []
 
     def add(self, bank: int, counts: torch.Tensor) -> None:
         """Count a pass.
@@ -45,7 +46,10 @@ class PhysicalLoadRecorder(LoadRecorder):
         self._open[bank].add_(counts)
 
     def taker(self, bank: int, counts: torch.Tensor) -> Callable[[], object]:
-        """Return what takes the counts of a pass out of an engine's own tensor, and sets that to zero.
+        """Return what takes the counts out of an engine's own tensor, and sets that to zero.
+
+        They are taken at each :meth:`remap`, :meth:`rotate` and :meth:`snapshot` too. So an engine that adds its passes
+        up need not call this after each of them, only before a count could overflow.
 
         Args:
             bank: Number of the bank.
@@ -63,6 +67,7 @@ class PhysicalLoadRecorder(LoadRecorder):
                 self._open[bank].add_(counts)
                 counts.zero_()
 
+        self._takers.append(take)
         return take
 
     def remap(self, bank: int, layers: torch.Tensor, rows: torch.Tensor) -> None:
@@ -87,6 +92,8 @@ class PhysicalLoadRecorder(LoadRecorder):
         return super().snapshot()
 
     def _fold(self) -> None:
+        for take in self._takers:
+            take()
         for total, columns, counts in zip(self._totals, self._columns, self._open, strict=True):
             total.scatter_add_(1, columns, counts)
             counts.zero_()

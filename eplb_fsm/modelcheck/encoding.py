@@ -11,6 +11,7 @@ from typing import Any
 from eplb_fsm.core.reasons import decode_reason
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.modelcheck.recorded import Recorded, RecordedRun
+from eplb_fsm.observe.trace import SCHEMA_VERSION
 
 _UNKNOWN = -1
 """A placement that no rank recorded, and a reason that another rank would have to give."""
@@ -104,7 +105,8 @@ class RunEncoder:
             return [event.action, event.step, *self.projected(event).values(), *self._argument(rank, event)]
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{self._run.files[rank]}, line {event.line} is no event of schema 3: {type(error).__name__}: {error}"
+                f"{self._run.files[rank]}, line {event.line} is no event of schema {SCHEMA_VERSION}: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
     def projected(self, event: Recorded) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from eplb_fsm.errors import ConfigError
 from eplb_fsm.observe.events import Event
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class NdjsonTrace:

@@ -1,8 +1,8 @@
 """Which combinations of state, decision and fault can happen, and why the others cannot.
 
 A combination is a rank that a fault met in a state, and the decision of the round that was out then (or whose commits
-were being made, or that was posted next). What a round can decide follows from :func:`eplb_fsm.core.votes.decide`
-itself.
+were being made, or that was posted next: then the state is the one that it voted in). What a round can decide
+follows from :func:`eplb_fsm.core.votes.decide` itself.
 """
 
 from __future__ import annotations

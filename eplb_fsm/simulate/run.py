@@ -280,11 +280,16 @@ class Run:
     # -- what was seen ------------------------------------------------------------------------------------------
 
     def _targets(self) -> list[Target]:
-        decisions = self.journal.decisions
-        return [
-            Target(state, NO_DECISION if state is State.STOPPED else decisions.get(idx, NO_DECISION), fault.kind)
-            for fault, state, idx in self._hits
-        ]
+        if not self._hits:
+            return []
+        votes = [event for event in self.journal.events if event.action == "PostVote"]
+        voted_in = {(vote.rank, vote.round_idx): State(vote.state) for vote in votes}
+        targets = []
+        for fault, state, idx in self._hits:
+            decision = NO_DECISION if state is State.STOPPED else self.journal.decisions.get(idx, NO_DECISION)
+            met_in = state if state is State.STOPPED else voted_in.get((fault.rank, idx), state)
+            targets.append(Target(met_in, decision, fault.kind))
+        return targets
 
     def _bound(self, transferring_deadline_steps: int) -> int:
         return epoch_bound_steps(self.cluster.config, self.scenario.lag, transferring_deadline_steps)

@@ -61,6 +61,7 @@ def project_core(core: RankCore) -> Record:
         earliest=core.earliest_next_step,
         entered=core.state_entered_step,
         epoch_start=core.epoch_start_step,
+        progressed=core.progressed_step,
         live=core.live_digest,
         outcome=_project_outcome(core.last_outcome),
     )

@@ -74,7 +74,7 @@ class VllmEngine:
         return make_probe(experts, run_slot, "hidden_size")
 
     def count_pass(self) -> None:
-        """Take what the layers have counted in the last pass."""
+        """Take what the layers have counted since; they add passes up."""
         for take in self._takers:
             take()
 
@@ -90,7 +90,7 @@ class VllmEngine:
         return [before + since for before, since in zip(planned, self._load.snapshots, strict=True)]
 
     def forget_pass(self) -> None:
-        """Drop what the layers have counted in the last pass: nobody asked for its tokens."""
+        """Drop what the layers have counted since: nobody asked for those tokens."""
         for counts in self._counts:
             counts.zero_()
 

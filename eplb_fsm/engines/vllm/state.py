@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 _SCALING = "elastic scaling"
 _RELOADING = "reload_weights()"
 _LOOK_EVERY = 8
-"""Steps between two looks at whether passes are to be counted, so that a step of which nothing is due stays short."""
+"""Steps between two looks at whether passes are to be counted, and between two takings of what layers have added up, so
+that a step of which nothing is due stays short."""
 
 
 class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not installed where types are checked
@@ -51,6 +52,7 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
         self.session: Session | None = None
         self._starts_at_step = False
         self._is_recording = True
+        self._takes_each_pass = True
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
         """Take a model, target or draft, before the machine is connected.
@@ -77,6 +79,9 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
 
     def _start(self) -> None:
         self.session = Session(self._engine, self._make_config())
+        # Dummy passes, which count no tokens, come between real ones only where ranks serve requests of their own.
+        has_dummies = self.parallel_config.data_parallel_size > 1
+        self._takes_each_pass = has_dummies or self.parallel_config.eplb_config.log_balancedness  # which is of one pass
         self._record(True)
         self.session.start()
         logger.info("EPLB runs by eplb_fsm: %s", self.session.config.changed)
@@ -120,10 +125,14 @@ class BackgroundEplbState(EplbState):  # type: ignore[misc]  # vLLM is not insta
         self.expert_rearrangement_step += 1
         if log_stats and self.expert_rearrangement_step % self._log_interval == 0:
             self._log_balancedness()
+        looks = not self.expert_rearrangement_step % _LOOK_EVERY or log_stats
         if self._is_recording:
-            self._engine.forget_pass() if is_dummy else self._engine.count_pass()
+            if is_dummy:
+                self._engine.forget_pass()
+            elif looks or self._takes_each_pass:
+                self._engine.count_pass()
         session.step()
-        if not self.expert_rearrangement_step % _LOOK_EVERY or log_stats:
+        if looks:
             self._follow_window(log_stats)
 
     def drain_async(self) -> None:

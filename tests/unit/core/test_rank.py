@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cores import PLAN, commit, core, decide_commits, run_to, run_until, skip_epoch, transferring
 
-from eplb_fsm.core.deadlines import deadline_steps, epoch_bound_steps
+from eplb_fsm.core.deadlines import epoch_bound_steps
 from eplb_fsm.core.rank import NEVER, PlanTerms, RankCore
 from eplb_fsm.core.reasons import AbortReason, OutcomeKind, StopReason, decode_reason, encode_reason
 from eplb_fsm.core.states import State
@@ -101,20 +101,21 @@ def test_late_phases_never_pass_the_bound(lag: int) -> None:
     it = core(lag=lag)
     it.request_rebalance()
     run_until(it, DecisionKind.START)
-    run_to_last_posting(it)
+    run_past(it, it.config.collecting_deadline_steps)
     it.load_collected(1)
     it.post_vote(0)
-    run_to_last_posting(it)
+    run_past(it, it.config.computing_deadline_steps)
     it.plan_ready(1, PLAN)
     it.post_vote(0)
-    while it.step_idx - it.state_entered_step < it.config.awaiting_consensus_deadline_steps - lag:
+    gap = lag + it.idle_interval
+    while it.step_idx - it.state_entered_step < it.config.awaiting_consensus_deadline_steps - gap:
         run_to(it, it.step_idx + 1, {"progress": 1})
     run_until(it, DecisionKind.BEGIN)
     run_until(it, DecisionKind.ABORT)
     outcome = it.last_outcome
     assert outcome is not None
     bound = epoch_bound_steps(it.config, lag, PLAN.deadline_steps)
-    assert bound - 6 * lag - it.config.staging_buffers <= outcome.end_step - outcome.start_step <= bound
+    assert bound - 6 * gap - it.config.staging_buffers <= outcome.end_step - outcome.start_step <= bound
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 4, 7])
@@ -138,14 +139,39 @@ def test_commits_put_an_abort_off_by_no_more_than_buffers(lag: int, buffers: int
         assert outcome.end_step - begin <= deadline + 2 * lag + buffers - 1
 
 
-def run_to_last_posting(it: RankCore) -> None:
+def run_past(it: RankCore, deadline: int) -> None:
     """Step to the first posting past the deadline, where a result of the worker is taken before the vote is made."""
-    while it.read_due - it.state_entered_step <= deadline_steps(it.config, it.state, PLAN.deadline_steps):
-        run_to(it, it.step_idx + 1)
-    run_to(it, it.read_due - 1)
-    it.step_idx += 1
-    assert it.posted is not None
-    it.read_round(tally_votes([it.posted]))
+    while True:
+        it.step_idx += 1
+        if it.posted is not None and it.step_idx >= it.read_due:
+            it.read_round(tally_votes([it.posted]))
+        if it.posted is None and it.step_idx >= it.post_due:
+            if it.step_idx - it.state_entered_step > deadline:
+                return
+            it.post_vote(0)
+
+
+@pytest.mark.parametrize("lag", [1, 2, 5])
+def test_rounds_follow_the_later_the_longer_an_epoch_waits(lag: int) -> None:
+    """A quarter of the wait lies between two rounds, at most the interval of idle ones; what all ranks do ends it."""
+    it = core(lag=lag, idle_round_interval=9, collecting_deadline_steps=500)
+    it.request_rebalance()
+    run_until(it, DecisionKind.START)
+    begin, waits = it.step_idx, []
+    while it.step_idx < begin + 200:
+        read = it.read_due
+        run_to(it, read)
+        waits.append((read - begin, it.post_due - read))
+        run_to(it, it.post_due)
+    assert [pause for _, pause in waits] == [min(waited // 4, 9) for waited, _ in waits]
+    it.load_collected(1)
+    it.plan_ready(1, PLAN)
+    run_until(it, DecisionKind.BEGIN)
+    assert it.posted is not None  # at once
+    run_to(it, it.step_idx + 20)
+    decide_commits(it, 1)
+    run_to(it, it.commit_due)
+    assert (it.chunk_idx, it.posted is not None) == (1, True)
 
 
 def test_results_of_another_epoch_are_dropped() -> None:
@@ -290,6 +316,7 @@ def test_a_staged_vote_that_refuses_is_no_promise(word: str) -> None:
     assert it.in_window
     {"abort": it.request_abort, "freeze": it.request_freeze, "stop": it.request_stop}[word]()
     run_to(it, it.read_due, {"progress": 4})
+    run_to(it, it.post_due)
     assert it.posted is not None
     assert it.posted.progress == 5
     assert not it.in_window

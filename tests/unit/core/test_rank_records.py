@@ -246,5 +246,9 @@ def test_a_rank_may_drain_until_its_deadline() -> None:
 
 
 def test_the_bound_of_an_epoch() -> None:
-    """The bound of an epoch is the sum of its four deadlines, six times the lag, and commits that put a vote off."""
-    assert epoch_bound_steps(core(staging_buffers=5).config, 3, 40) == 10 + 20 + 30 + 40 + 6 * 3 + 5 - 1
+    """Each phase ends at a vote past its deadline, as late as the lag and the pause allow, and commits put one off."""
+    collecting, computing, awaiting, transferring = 10 + 3 + 3, 20 + 3 + 4, 30 + 3, 40 + 3 + 4
+    bound = collecting + computing + awaiting + transferring + (5 - 1) + 3
+    assert epoch_bound_steps(core(staging_buffers=5).config, 3, 40) == bound
+    rare = core(awaiting_consensus_deadline_steps=3000, idle_round_interval=1000)
+    assert epoch_bound_steps(rare.config, 100, 0) == (10 + 100 + 27) + (20 + 100 + 64) + (3000 + 100 + 855) + 100

@@ -37,3 +37,22 @@ def test_the_window_forgets_whole_buckets() -> None:
         load.add(0, torch.tensor([[passes, 1]]))
     load.snapshot()
     assert load.snapshots[0].tolist() == [[3, 3]]
+
+
+def test_an_engine_may_add_its_passes_up() -> None:
+    """What nobody has taken yet is taken before the map changes, before a bucket closes and for a snapshot."""
+    load = PhysicalLoadRecorder([Placement([[0, 1]], 2, 2)], num_buckets=2)
+    counts = torch.zeros((1, 2), dtype=torch.int32)
+    load.taker(0, counts)
+    counts += torch.tensor([[1000, 1]], dtype=torch.int32)
+    load.rotate()
+    assert not counts.any()
+    load.rotate()
+    counts += torch.tensor([[100, 1]], dtype=torch.int32)
+    load.remap(0, torch.tensor([0]), torch.tensor([[1, 0]]))
+    counts += torch.tensor([[10, 1]], dtype=torch.int32)
+    load.rotate()
+    counts += torch.tensor([[2, 3]], dtype=torch.int32)
+    load.snapshot()
+    assert load.snapshots[0].tolist() == [[101 + 3, 11 + 2]]
+    assert not counts.any()
