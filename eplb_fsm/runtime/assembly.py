@@ -20,7 +20,7 @@ from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.planner import InlinePlanner, Planner, ProcessPlanner
 from eplb_fsm.runtime.transport import GlooTransport, Transport
 
-_AUTO_COMMIT_BYTES = 8 * MIB
+_AUTO_COMMIT_BYTES = 4 * MIB
 """A millisecond of a processor's time to copy, a few microseconds of a device's. Half of it makes the longest step a
 seventh shorter at 2 ranks on 2 cores (``python -m tests.benchmarks.serving``), and an epoch that moves much takes more
 than three times as long as in sync mode instead of twice (``python -m tests.benchmarks.pause``)."""

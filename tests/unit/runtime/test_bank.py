@@ -123,7 +123,7 @@ def test_no_bank_is_refused() -> None:
         check_banks(RebalanceConfig(), Domain(0, 2), [], [])
 
 
-@pytest.mark.parametrize(("width", "commit_bytes"), [(10, 8 << 20), (3 << 20, 3 << 22)])
+@pytest.mark.parametrize(("width", "commit_bytes"), [(10, 4 << 20), (3 << 20, 3 << 22)])
 def test_a_commit_writes_at_least_one_expert_by_default(width: int, commit_bytes: int) -> None:
     """However large an expert is, serving starts without an option for it; small ones are several to a commit."""
     experts = torch.empty(_LOCAL, width)  # of which nothing is touched
