@@ -139,11 +139,11 @@ class RebalanceConfig:
     """Steps between posting and reading a round. ``auto``: 2 plus how far the host runs ahead of the device,
     raised while idle when more than 1 % of rounds are late."""
     idle_round_interval: int = 128
-    """Most steps between rounds while idle; with a smaller ``step_interval`` that many. An epoch that waits lets no more
-    pass from the reading of a round to the next one, either."""
+    """Most steps between rounds while idle; with a smaller ``step_interval`` that many. In an epoch that waits no more
+    lie between the reading of a round and the next one."""
     commit_bytes: int | Literal["auto"] = "auto"
     """Most bytes of weights that one rank writes in one commit: it bounds the pause of that step. ``auto``: one expert,
-    or as many as fit 4 MiB."""
+    or as many as fit 4 MiB, on an accelerator 8 MiB."""
     staging_buffers: int = 4
     """Chunks that may be staged at a time, and so decided in one round; each costs ``commit_bytes`` to receive and as
     much to send. With more of them an epoch takes fewer steps, down to one for each chunk."""

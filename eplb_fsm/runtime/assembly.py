@@ -20,10 +20,10 @@ from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.planner import InlinePlanner, Planner, ProcessPlanner
 from eplb_fsm.runtime.transport import GlooTransport, Transport
 
-_AUTO_COMMIT_BYTES = 4 * MIB
-"""A millisecond of a processor's time to copy, a few microseconds of a device's. Half of it makes the longest step a
-seventh shorter at 2 ranks on 2 cores (``python -m tests.benchmarks.serving``), and an epoch that moves much takes more
-than three times as long as in sync mode instead of twice (``python -m tests.benchmarks.pause``)."""
+_AUTO_COMMIT_BYTES, _AUTO_COMMIT_BYTES_ON_DEVICE = 4 * MIB, 8 * MIB
+"""A millisecond of a processor's time to copy, and some microseconds of an accelerator's. Chunks half as large make the
+longest step half as long on a processor and no shorter on an accelerator, and an epoch that moves much twice as long
+(``python -m tests.benchmarks.pause``)."""
 
 
 def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) -> PlanTask:
@@ -53,9 +53,10 @@ def plan_task(config: RebalanceConfig, domain: Domain, banks: Sequence[Bank]) ->
 
 
 def _commit_bytes(config: RebalanceConfig, banks: Sequence[Bank]) -> int:
-    if config.commit_bytes == "auto":
-        return max(_AUTO_COMMIT_BYTES, *(bank.layout.stride for bank in banks))
-    return config.commit_bytes
+    if config.commit_bytes != "auto":
+        return config.commit_bytes
+    usual = _AUTO_COMMIT_BYTES if banks[0].device.type == "cpu" else _AUTO_COMMIT_BYTES_ON_DEVICE
+    return max(usual, *(bank.layout.stride for bank in banks))
 
 
 def make_planner(config: RebalanceConfig, domain: Domain, task: PlanTask) -> Planner | None:

@@ -175,6 +175,7 @@ def _describe(bank: Bank, placement: Placement) -> dict[str, Any]:
     }
     return {
         "name": bank.name,
+        "kind of device": bank.device.type,
         "num_logical_experts": bank.num_logical_experts,
         "num_physical_experts": bank.num_physical_experts,
         **layers,

@@ -162,7 +162,7 @@ def _absent(link: RankLink) -> tuple[str, tuple[int, ...], str]:
     if link.rank == 1:
         return "", (), ""
     try:
-        _connect(link, start_timeout_s=1.0)
+        _connect(link, start_timeout_s=4.0)
     except ConsensusTimeout as error:
         return "connect", error.ranks, str(error)
     return "nothing", (), ""

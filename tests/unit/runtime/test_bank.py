@@ -123,10 +123,12 @@ def test_no_bank_is_refused() -> None:
         check_banks(RebalanceConfig(), Domain(0, 2), [], [])
 
 
-@pytest.mark.parametrize(("width", "commit_bytes"), [(10, 4 << 20), (3 << 20, 3 << 22)])
-def test_a_commit_writes_at_least_one_expert_by_default(width: int, commit_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("device", "width", "commit_bytes"), [("cpu", 10, 4 << 20), ("meta", 10, 8 << 20), ("cpu", 3 << 20, 3 << 22)]
+)
+def test_a_commit_writes_at_least_one_expert_by_default(device: str, width: int, commit_bytes: int) -> None:
     """However large an expert is, serving starts without an option for it; small ones are several to a commit."""
-    experts = torch.empty(_LOCAL, width)  # of which nothing is touched
+    experts = torch.empty(_LOCAL, width, device=device)  # of which nothing is touched
     task = plan_task(RebalanceConfig(integrity="off"), Domain(0, 2), [_bank([{"w": experts}])])
     assert task.budget.commit_bytes - commit_bytes in range(64)  # a row carries a word or two beside its expert
 
