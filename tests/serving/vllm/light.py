@@ -116,6 +116,7 @@ def install(
     defaults = {
         "enable_eplb": True,
         "enable_elastic_ep": False,
+        "data_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "num_ubatches": 0,
         "eplb_config": eplb_config(),

@@ -126,7 +126,7 @@ def test_a_wrong_map_is_noticed(sources: Path) -> None:
 
 
 def _dummies(link: RankLink, sources: Path) -> dict[str, Any]:
-    engine = LightEngine(link, sources)
+    engine = LightEngine(link, sources, data_parallel_size=2)
     engine.load()
     engine.forward(is_profile=True)
     after_profile = engine.fsm.step_idx
