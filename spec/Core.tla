@@ -141,7 +141,7 @@ MayPostNext(c) ==
     /\ c.state # "STOPPED" /\ ~c.leaving
     /\ c.decided > 0 => NextChunk(c) < ChunksOf(c.plan) /\ c.decided <= c.lag
 
-(* While active the next round follows the later the longer ranks wait, while idle at the next multiple of the interval. *)
+(* While active rounds are the rarer the longer ranks wait, while idle at the multiples of the interval. *)
 Pause(waited) == Smallest({waited \div WaitedPerPause, IdleInterval})
 ScheduleNext(c) ==
     LET last == IF c.lag = 0 THEN c.step ELSE c.step - 1
