@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_fsm.placement.digest import Int64Array
-from eplb_fsm.placement.kernels.compiled import compiled
+from eplb_fsm.placement.kernels.compiled import borrowing, compiled
 from eplb_fsm.placement.kernels.layer import (
     RISE_EVENNESS,
     RISE_LOSS,
@@ -66,7 +66,7 @@ class Sieve(NamedTuple):
         price_there: (slots of a rank, ranks) float64 what it costs to bring each expert of the heaviest rank to others.
         price_back: (slots) float64 what it costs to bring a slot's expert to the heaviest rank, less what is paid.
         least_back: (ranks) float64 the least of that on each rank.
-        spare: (slots) int64 the first few: slots that may be overwritten.
+        spare: (as `passes`) int64 the first few: slots that may be overwritten.
         rank: (slots) int64, as all that follow of the slots in `spare`: rank of the slot.
         load: (slots) float64, as all that follow: load of the rank.
         excess: Of that what is above the limit.
@@ -110,7 +110,7 @@ def make_sieve(layer: Layer) -> Sieve:
         np.zeros((num_slots // num_ranks, num_ranks)),
         np.zeros(num_slots),
         np.zeros(num_ranks),
-        np.zeros(num_slots, dtype=np.int64),
+        np.zeros(len(passes), dtype=np.int64),
         np.zeros(num_slots, dtype=np.int64),
         np.zeros(num_slots),
         np.zeros(num_slots),
@@ -123,7 +123,7 @@ def make_sieve(layer: Layer) -> Sieve:
     )
 
 
-@compiled
+@borrowing
 def best_change(layer: Layer, sieve: Sieve, limit: float) -> Change:
     """Return the best change for the heaviest rank; where none helps it, for the heaviest one that can be helped."""
     best = Change(-1, -1, -1, 0.0, 0.0)
@@ -142,7 +142,7 @@ def best_change(layer: Layer, sieve: Sieve, limit: float) -> Change:
     return best
 
 
-@compiled
+@borrowing
 def _look_up_prices(layer: Layer, sieve: Sieve, heaviest: int) -> None:
     """Fill the prices of moves to and from the heaviest rank."""
     standing, price_of, expert_at = layer.standing, layer.price_of, layer.expert_at
@@ -155,20 +155,20 @@ def _look_up_prices(layer: Layer, sieve: Sieve, heaviest: int) -> None:
             price_there[own, rank] = price_of[standing[rank, expert]] if expert >= 0 else UNPAYABLE
 
 
-@compiled
+@borrowing
 def with_rounding(limit: float) -> float:
     """The load that counts as no more than a limit."""
     return limit * (1.0 + ROUNDING)
 
 
-@compiled
+@borrowing
 def _is_better(score: float, evenness: float, best_score: float, best_evenness: float) -> bool:
     if score > best_score * (1.0 + ROUNDING):
         return True
     return score > best_score * (1.0 - ROUNDING) and evenness > best_evenness
 
 
-@compiled
+@borrowing
 def _gather(passes: BoolArray, words: npt.NDArray[np.uint64], hits: Int64Array, count: int) -> int:
     """List the first `count` that pass, in order; returns how many they are."""
     num_words, found = (count + 7) // 8, 0
@@ -177,16 +177,15 @@ def _gather(passes: BoolArray, words: npt.NDArray[np.uint64], hits: Int64Array, 
     for word in range(num_words):
         if words[word] != 0:
             for index in range(8 * word, 8 * word + 8):
-                if passes[index]:
-                    hits[found] = index
-                    found += 1
+                hits[found] = index  # without a branch: the next one writes over it unless it passes
+                found += passes[index]
     return found
 
 
 # -- overwrites -----------------------------------------------------------------------------------------------
 
 
-@compiled
+@borrowing
 def _best_overwrite(layer: Layer, sieve: Sieve, heaviest: int, limit: float, best: Change) -> Change:
     """Find the best overwrite of a slot of the heaviest rank, or by an expert that it has, if better than the best."""
     num_spare = _list_spare(layer, sieve, limit)
@@ -253,7 +252,7 @@ def _best_overwrite(layer: Layer, sieve: Sieve, heaviest: int, limit: float, bes
     return best
 
 
-@compiled
+@borrowing
 def _where_both(
     rank_of: Int64Array,
     load_of: Float64Array,
@@ -278,14 +277,15 @@ def _where_both(
     return gain, evenness
 
 
-@compiled
+@borrowing
 def _list_spare(layer: Layer, sieve: Sieve, limit: float) -> int:
     """List the slots that may be overwritten, and what doing without their experts means; returns how many they are."""
     expert_at, rank_of, load_of, paid_at = layer.expert_at, layer.rank_of, layer.load_of, layer.paid_at
     prospect, num_on, marks_of, is_spare = layer.prospect, layer.num_on, layer.marks_of, layer.is_spare
     spare, rank_at, load, excess, leaves = sieve.spare, sieve.rank, sieve.load, sieve.excess, sieve.leaves
     lost, uneven, paid, marks = sieve.lost, sieve.uneven, sieve.paid, sieve.marks
-    sieve.passes[: len(is_spare)] = is_spare
+    for slot in range(len(is_spare)):
+        sieve.passes[slot] = is_spare[slot]
     count = _gather(sieve.passes, sieve.words, spare, len(is_spare))
     for index in range(count):
         slot = spare[index]
@@ -302,7 +302,7 @@ def _list_spare(layer: Layer, sieve: Sieve, limit: float) -> int:
     return count
 
 
-@compiled
+@borrowing
 def _sift_slots(
     passes: BoolArray,
     prospect: Float64Array,
@@ -330,7 +330,7 @@ def _sift_slots(
         passes[index] = (most > least) & (bound >= needed) & (price[index] < UNPAYABLE)
 
 
-@compiled
+@borrowing
 def _sift_experts(
     passes: BoolArray,
     prospect: Float64Array,
@@ -361,7 +361,7 @@ def _sift_experts(
 # -- swaps ----------------------------------------------------------------------------------------------------
 
 
-@compiled
+@borrowing
 def _best_swap(layer: Layer, sieve: Sieve, heaviest: int, limit: float, best: Change) -> Change:
     """Find the best swap of a slot of the heaviest rank, if it is better than the best change so far."""
     expert_at, load_of, share_at = layer.expert_at, layer.load_of, layer.share_at
@@ -395,7 +395,7 @@ def _best_swap(layer: Layer, sieve: Sieve, heaviest: int, limit: float, best: Ch
     return best
 
 
-@compiled
+@borrowing
 def _sift_ranks(
     passes: BoolArray,
     load_of: Float64Array,

@@ -36,15 +36,31 @@ def compiled(function: _Kernel) -> _Kernel:
 
     The machine code is kept beside the source, or in the user's cache where that cannot be written.
     """
+    return _compile(function)
+
+
+def borrowing(function: _Kernel) -> _Kernel:
+    """Return a kernel as :func:`compiled` does that makes no array, and does not count those that it is given.
+
+    Numba counts the references to an array with atomic instructions, each time that it comes out of a tuple or goes
+    into a call. That was a fifth of the time of a plan. It refuses to compile such a kernel if it makes an array.
+    """
+    try:
+        return _compile(function, _nrt=False)
+    except KeyError:  # an option that numba's own library uses; another version may not have it
+        return _compile(function)
+
+
+def _compile(function: _Kernel, **options: bool) -> _Kernel:
     if _numba is None:
         return function
     kernel: _Kernel
     try:
-        kernel = _numba.njit(nogil=True, cache=True)(function)
+        kernel = _numba.njit(nogil=True, cache=True, **options)(function)
         _mark(kernel)
     except (AttributeError, RuntimeError) as error:  # it cannot be marked, or not be written
         _say_once(f"machine code of plans cannot be kept ({error}), so every process compiles it anew, for seconds")
-        kernel = _numba.njit(nogil=True)(function)
+        kernel = _numba.njit(nogil=True, **options)(function)
     return kernel
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_fsm.placement.digest import Int64Array
-from eplb_fsm.placement.kernels.compiled import compiled
+from eplb_fsm.placement.kernels.compiled import borrowing, compiled
 from eplb_fsm.placement.moves import BoolArray
 from eplb_fsm.placement.validate import EMPTY, Float64Array
 
@@ -35,6 +35,8 @@ class Layer(NamedTuple):
         paid_at: (slots) float64 what it counts that the slot's rank has the slot's expert; 0 for none.
         is_spare: (slots) bool whether the slot is empty, or its expert can do without it; see `look_ahead`.
         prospect: (7, experts) float64, what one replica more or less of an expert would do; see `look_ahead`.
+        is_stale: (ranks) bool, for `look_again`: whose loads change; all False otherwise.
+        held: (slots) int64, for `look_again`: the first few are the experts on such ranks.
     """
 
     weight: Float64Array
@@ -53,6 +55,8 @@ class Layer(NamedTuple):
     paid_at: Float64Array
     is_spare: BoolArray
     prospect: Float64Array
+    is_stale: BoolArray
+    held: Int64Array
 
 
 HELD, NEAR, FAR, ON, BARRED, FROM = 0, 1, 2, 4, 8, 3
@@ -107,6 +111,8 @@ def make_layer(
         np.zeros(num_slots),
         row == EMPTY,
         np.zeros((7, num_experts)),
+        np.zeros(num_ranks, dtype=np.bool_),
+        np.zeros(num_slots, dtype=np.int64),
     )
     layer.price_of[HELD], layer.price_of[NEAR], layer.price_of[FAR] = 0.0, 1.0, cross_node_price
     for slot in range(num_slots):
@@ -148,27 +154,29 @@ def _standing(
     return standing
 
 
-@compiled
+@borrowing
 def mark_of(rank: int) -> int:
     """One bit for a rank; beyond 62 ranks some share one."""
     return 1 << (rank % 62)
 
 
-@compiled
+@borrowing
 def set_limit(layer: Layer, limit: float) -> None:
     """Let all ranks have the same limit, whatever their speed.
 
     A rank of speed `s` may carry `s * limit`. That is so if it may carry `limit` like all others, `(1 - s) * limit` of
     which is there for good.
     """
-    layer.base_of[:] = (1.0 - layer.speeds) * limit
+    for rank in range(len(layer.speeds)):
+        layer.base_of[rank] = (1.0 - layer.speeds[rank]) * limit
     sum_loads(layer)
 
 
-@compiled
+@borrowing
 def sum_loads(layer: Layer) -> None:
     """Compute the load of every rank anew, in the order of the slots, so that no error grows."""
-    layer.load_of[:] = layer.base_of
+    for rank in range(len(layer.base_of)):
+        layer.load_of[rank] = layer.base_of[rank]
     for slot in range(len(layer.expert_at)):
         expert = layer.expert_at[slot]
         share = layer.weight[expert] / layer.replicas[expert] if expert >= 0 else 0.0
@@ -176,7 +184,7 @@ def sum_loads(layer: Layer) -> None:
         layer.load_of[layer.rank_of[slot]] += share
 
 
-@compiled
+@borrowing
 def heaviest_of(layer: Layer) -> float:
     """Load of the heaviest rank over its speed."""
     heaviest = 0.0
@@ -185,7 +193,7 @@ def heaviest_of(layer: Layer) -> float:
     return heaviest
 
 
-@compiled
+@borrowing
 def look_ahead(layer: Layer, experts: Int64Array, limit: float) -> None:
     """Fill the prospect of some experts, and tell whether their slots are spare.
 
@@ -220,13 +228,13 @@ def look_ahead(layer: Layer, experts: Int64Array, limit: float) -> None:
         layer.prospect[RISE_EVENNESS, expert] = rise_evenness
 
 
-@compiled
+@borrowing
 def can_spare(weight: float, replicas: int, limit: float) -> bool:
     """Whether an expert can do without one of its replicas: each other one is still bearable for a rank."""
     return replicas > 1 and weight <= limit * (replicas - 1)
 
 
-@compiled
+@borrowing
 def look_again(layer: Layer, one: int, other: int, limit: float) -> None:
     """After a change of where two experts are, bring up to date what depends on it: shares, loads and prospects.
 
@@ -238,16 +246,16 @@ def look_again(layer: Layer, one: int, other: int, limit: float) -> None:
         other: The other one; -1: there is none.
         limit: As before.
     """
-    num_local = len(layer.expert_at) // len(layer.load_of)
-    is_stale = np.zeros(len(layer.load_of), dtype=np.bool_)
+    num_local, count = len(layer.expert_at) // len(layer.load_of), 0
+    is_stale, held = layer.is_stale, layer.held
     for expert in (one, other):
         for index in range(layer.replicas[expert] if expert >= 0 else 0):
             slot = layer.slots_of[expert, index]
             layer.share_at[slot] = layer.weight[expert] / layer.replicas[expert]
             is_stale[layer.rank_of[slot]] = True
-    held, count = np.empty(len(layer.expert_at), dtype=np.int64), 0
     for rank in range(len(is_stale)):
         if is_stale[rank]:
+            is_stale[rank] = False
             layer.load_of[rank] = layer.base_of[rank]
             for slot in range(rank * num_local, (rank + 1) * num_local):
                 layer.load_of[rank] += layer.share_at[slot]
@@ -257,13 +265,13 @@ def look_again(layer: Layer, one: int, other: int, limit: float) -> None:
     look_ahead(layer, held[:count], limit)
 
 
-@compiled
+@borrowing
 def may_get(layer: Layer, expert: int, rank: int) -> bool:
     """Whether a rank may get an expert, which it does not hold yet."""
     return bool(layer.standing[rank, expert] < ON)
 
 
-@compiled
+@borrowing
 def put(layer: Layer, slot: int, expert: int) -> None:
     """Put an expert into a slot."""
     rank, old = layer.rank_of[slot], layer.expert_at[slot]

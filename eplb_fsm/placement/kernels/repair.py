@@ -27,7 +27,7 @@ from eplb_fsm.placement.kernels.changes import (
     make_sieve,
     with_rounding,
 )
-from eplb_fsm.placement.kernels.compiled import compiled
+from eplb_fsm.placement.kernels.compiled import borrowing, compiled
 from eplb_fsm.placement.kernels.layer import (
     RISE_LOSS,
     Layer,
@@ -111,7 +111,7 @@ def repair_layers(
     return is_good, balance
 
 
-@compiled
+@borrowing
 def mean_load(weight: Float64Array, speeds: Float64Array) -> float:
     """What a rank of speed 1 carries of the experts' load if all are divided perfectly."""
     mean, capacity = 0.0, 0.0
@@ -178,7 +178,7 @@ def _heaviest(layer: Layer, limit: float, is_weighted: bool) -> float:
     return heaviest
 
 
-@compiled
+@borrowing
 def _has_no_choice(layer: Layer, limit: float) -> bool:
     """Whether experts with one replica alone are too much for some rank, so that no shares help."""
     num_local = len(layer.expert_at) // len(layer.load_of)
@@ -193,7 +193,7 @@ def _has_no_choice(layer: Layer, limit: float) -> bool:
     return False
 
 
-@compiled
+@borrowing
 def _replicate_the_hottest(layer: Layer, everything: Int64Array, limit: float) -> None:
     """Give experts of which one replica alone is more than the limit the replicas that they need, whatever it costs.
 
@@ -220,7 +220,7 @@ def _replicate_the_hottest(layer: Layer, everything: Int64Array, limit: float) -
             sum_loads(layer)
 
 
-@compiled
+@borrowing
 def _apply(layer: Layer, change: Change) -> int:
     """Make a change; loads and prospects do not follow yet. Returns the expert that was in its slot, -1 for none."""
     old = int(layer.expert_at[change.slot])
@@ -230,7 +230,7 @@ def _apply(layer: Layer, change: Change) -> int:
     return old
 
 
-@compiled
+@borrowing
 def spread(layer: Layer) -> None:
     """Swap second replicas of an expert away from their rank, as long as no rank gets heavier than the heaviest.
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eplb_fsm.placement.digest import Int64Array
-from eplb_fsm.placement.kernels.compiled import compiled
+from eplb_fsm.placement.kernels.compiled import borrowing, compiled
 from eplb_fsm.placement.validate import Float64Array
 
 _MOST_SWEEPS = 64
@@ -89,7 +89,7 @@ def fill_pools(weight: Float64Array, expert_at: Int64Array, speeds: Float64Array
     return pools
 
 
-@compiled
+@borrowing
 def highest_of(pools: Pools) -> float:
     """Load over speed of the slowest rank."""
     highest = 0.0
@@ -129,7 +129,7 @@ def _make_pools(weight: Float64Array, expert_at: Int64Array, speeds: Float64Arra
     return Pools(choices[order], begin, rank_of, np.zeros(begin[-1]), load_of, speeds, 1.0 / speeds)
 
 
-@compiled
+@borrowing
 def _pour_all(pools: Pools, weight: Float64Array, is_backwards: bool) -> None:
     """Take one expert after the other off its ranks and pour it on again, the lightest ranks first."""
     rank_of, amount, load_of = pools.rank, pools.amount, pools.load_of

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from eplb_fsm.errors import ConfigError
 from eplb_fsm.offline.comparison import num_duplicates
 from eplb_fsm.placement import Placement, Topology, get_policy
 from eplb_fsm.placement.balancedness import balancedness
-from eplb_fsm.placement.kernels.compiled import compiled
+from eplb_fsm.placement.kernels.changes import _gather, make_sieve
+from eplb_fsm.placement.kernels.compiled import borrowing, compiled
 from eplb_fsm.placement.kernels.layer import make_layer
 from eplb_fsm.placement.kernels.repair import mean_load, relieve, repair_layers
 from eplb_fsm.placement.moves import num_cross_node_moves, num_peer_moves
@@ -220,6 +222,54 @@ def test_a_kernel_that_cannot_be_cached_is_compiled() -> None:
     namespace: dict[str, Any] = {}
     exec("def double(number): return 2 * number", namespace)
     assert compiled(namespace["double"])(21) == 42
+
+
+def doubled(array: Any) -> Any:
+    """A new array."""
+    return 2 * array
+
+
+def double(array: Any) -> None:
+    """None: the array changes."""
+    for index in range(len(array)):
+        array[index] *= 2
+
+
+def test_a_kernel_that_borrows_makes_no_array() -> None:
+    """Nobody would free what nobody counts, so it is refused; a kernel that changes what it is given is not."""
+    numba = pytest.importorskip("numba")
+    with pytest.raises(numba.core.errors.NumbaError, match="returning of array"):
+        borrowing(doubled)(np.ones(3))
+    array = np.ones(3)
+    borrowing(double)(array)
+    assert array.tolist() == [2.0] * 3
+
+
+def test_a_compiler_without_that_option_compiles_what_borrows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba promises the option to nobody: without it, kernels are slower and the same."""
+    numba = pytest.importorskip("numba")
+
+    def strict(**options: bool) -> Any:
+        if "_nrt" in options:
+            raise KeyError("Unrecognized options: {'_nrt'}")
+        return numba.njit(**options)
+
+    monkeypatch.setattr("eplb_fsm.placement.kernels.compiled._numba", SimpleNamespace(njit=strict))
+    array = np.ones(3)
+    borrowing(double)(array)
+    assert array.tolist() == [2.0] * 3
+
+
+def test_all_slots_may_be_spare() -> None:
+    """The list has room for the last one, and for the place that is written beside it before it is known to be none."""
+    layer = make_layer(
+        np.ones(3), np.arange(6) % 3, np.arange(6) % 3, np.ones(2), np.ones(2, dtype=np.bool_), 2, 2, 1.0
+    )
+    sieve = make_sieve(layer)
+    sieve.passes[:] = True
+    interpreted = getattr(_gather, "py_func", _gather)
+    assert interpreted(sieve.passes, sieve.words, sieve.spare, 6) == 6
+    assert sieve.spare[:6].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_kept_machine_code_ends_with_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
