@@ -246,7 +246,14 @@ def assemble(
         observers=tuple(engine.observers),
         own_maps=own_maps,
         staging_bytes=staging.num_bytes,
-        closers=[runner.close, links.channel.close, links.transport.close, worker.join, engine.stream().close],
+        closers=[
+            runner.close,
+            links.channel.close,
+            links.transport.close,
+            worker.join,
+            engine.stream().close,
+            staging.release,  # here, and not when a collector comes by: an engine may connect anew at once
+        ],
     )
 
 

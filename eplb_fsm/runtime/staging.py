@@ -113,6 +113,11 @@ class StagingArea:
         buffers = self._receive + self._send + ([] if self._is_on_host else self._staged)
         return sum(buffer.numel() for buffer in buffers)
 
+    def release(self) -> None:
+        """Let go of the buffers, after the last commit; a job that is still in one has it until its end."""
+        self._receive, self._send, self._staged = [], [], []
+        self._views.clear()
+
     def stage(
         self,
         chunk: Chunk,

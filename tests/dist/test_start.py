@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -217,6 +218,12 @@ def _lifecycle(link: RankLink) -> list[Any]:
             fsm.arm()
             before = fsm.step_idx
             loop.run_epochs(1)
+            staging = fsm._parts.runner._jobs.staging
+            buffers = [weakref.ref(buffer) for buffer in staging._receive + staging._send]
+            gc.disable()
+        assert all(buffer() is None for buffer in buffers), "the memory of the staging buffers waits for a collector"
+        gc.enable()
+        del staging
         fsm.close()
         loop.run_steps(2)
         assert before == 0
