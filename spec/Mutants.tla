@@ -69,6 +69,14 @@ VerifyNothing(rows) == TRUE
 (* Nobody votes on a deadline. *)
 IgnoreDeadlines(c) == c
 
+(* A rank whose plan is there counts the wait of its epoch from then on, whatever the others are at. *)
+PauseFromOwnPlan(c) ==
+    LET last == IF c.lag = 0 THEN c.step ELSE c.step - 1
+        since == IF c.state = "AWAITING_CONSENSUS" THEN c.entered ELSE c.progressed
+    IN CASE ~MayPostNext(c) -> [c EXCEPT !.post_due = Never]
+         [] Active(c) -> [c EXCEPT !.post_due = c.step + Pause(c.step - since)]
+         [] OTHER -> [c EXCEPT !.post_due = ((last \div IdleInterval) + 1) * IdleInterval]
+
 (* Who waits for a vote of a dead rank waits for ever. *)
 WaitForEver(r) == FALSE
 

@@ -17,11 +17,10 @@ from eplb_fsm.config import RebalanceConfig
 from eplb_fsm.placement.placement import Placement
 from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.maps import TensorMapWriter
-from eplb_fsm.runtime.staging import StagingArea
 
 _CONSTANT = (RebalanceConfig, Placement, Bank)
 """Not changed after they were made. The tensors of a bank are found on the engine that owns them."""
-_ONLY_MEMORY = (StagingArea, TensorMapWriter)
+_ONLY_MEMORY = (TensorMapWriter,)
 """Of these only the tensors change."""
 _MODULES = ("eplb_fsm.", "threading")
 """Where the classes of parts come from; of the second one only events are used."""

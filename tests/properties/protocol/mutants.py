@@ -81,6 +81,19 @@ def stop_in_silence(patch: Patch) -> None:
     patch.setattr(Rounds, "post_last", show_only)
 
 
+def pause_from_own_plan(patch: Patch) -> None:
+    """A rank whose plan is there counts the wait of its epoch from then on, so its rounds are not the others'."""
+    plan_ready = RankCore.plan_ready
+
+    def count_anew(self: RankCore, epoch: int, plan: PlanTerms) -> bool:
+        is_new = plan_ready(self, epoch, plan)
+        if is_new:
+            self.progressed_step = self.step_idx
+        return is_new
+
+    patch.setattr(RankCore, "plan_ready", count_anew)
+
+
 # -- deciding -----------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +388,7 @@ LOST = Aim((FaultKind.ROUNDS_HELD, FaultKind.CHANNEL_LOST), is_at_promise=True)
 
 MUTANTS = (
     Mutant(pass_without_result, "same_decision", Aim((FaultKind.ROUNDS_HELD,), MOVING)),
+    Mutant(pause_from_own_plan, "same_decision", NO_FAULTS),
     Mutant(no_digest, "same_plan", Aim((FaultKind.OTHER_PLAN,), PLANNING)),
     Mutant(begin_on_progress, "same_plan", Aim((FaultKind.OTHER_PLAN,), PLANNING)),
     Mutant(

@@ -30,6 +30,7 @@ SOONER_SEEN = {
         "same_decision",
         "it covers every round that ranks read at different steps, not only commits",
     ),
+    "pause_from_own_plan": ("same_decision", "a vote of another step is read at another step as well"),
     "stale_vote": ("same_membership", "no round may decide anything then, also where it would have done no harm"),
     "step_counted_twice": ("commit_cannot_fail", "a commit that is late is not made, and ends its rank"),
 }
