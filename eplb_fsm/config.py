@@ -163,8 +163,8 @@ class RebalanceConfig:
     """Longest wait for the resolution of a lost decision on a staged chunk, then fail-stop."""
     liveness_timeout_s: float = 60.0
     """A rank whose liveness mark has not moved for this long is reported lost."""
-    start_timeout_s: float = 120.0
-    """Longest wait for the other ranks at start."""
+    start_timeout_s: float = 300.0
+    """Longest wait for the other ranks at start, one of which may have its planner compiled, for a minute on a slow core."""
     plan_timeout_s: float = 60.0
     """Longest time that the policy may take."""
     transfer_timeout_s: float = 60.0

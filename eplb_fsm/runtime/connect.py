@@ -21,7 +21,7 @@ from eplb_fsm.runtime.device import DeviceOps
 from eplb_fsm.runtime.domain import Domain, Handshake, check_equal
 from eplb_fsm.runtime.marks import BackgroundMarkBoard, StoreMarkBoard
 from eplb_fsm.runtime.mesh import MeshVoteChannel
-from eplb_fsm.runtime.parts import EngineSide, Links, Parts, assemble, make_staging
+from eplb_fsm.runtime.parts import EngineSide, Links, Parts, assemble, make_pace, make_staging
 from eplb_fsm.runtime.peers import check_address
 from eplb_fsm.runtime.transport import GlooTransport, Transport
 from eplb_fsm.runtime.watchdog import Watchdog
@@ -93,7 +93,8 @@ def _connect(
     if channel is None and domain.world_size <= _MAX_MESH_RANKS:
         check_address(store)
     task = plan_task(config, domain, engine.banks)
-    staging = make_staging(config, task.budget, domain.rank, engine)
+    pace = make_pace(config, engine)
+    staging = make_staging(config, task.budget, domain.rank, engine, pace)
     planner = make_planner(config, domain, task)
     if planner is not None:
         opened.callback(planner.close)
@@ -115,7 +116,16 @@ def _connect(
     worker = _make_worker(config, domain, mailbox, engine.stream())
     opened.callback(worker.close)
     parts = assemble(
-        domain, config, engine, links, task, staging=staging, mailbox=mailbox, worker=worker, planner=planner
+        domain,
+        config,
+        engine,
+        links,
+        task,
+        staging=staging,
+        pace=pace,
+        mailbox=mailbox,
+        worker=worker,
+        planner=planner,
     )
     # Tables and counters were filled on the stream of this call, and the engine may read them on another one.
     engine.stream().record_event().wait(config.start_timeout_s)

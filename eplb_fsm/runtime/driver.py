@@ -63,10 +63,17 @@ class Driver:
         Returns:
             None when the step is done, else what it waits for; then call it again.
         """
-        core = self.core
-        core.step_idx = step_idx
+        self.core.step_idx = step_idx
         if self._fatal is not None:  # an engine that swallowed the exception must not get past it
             self._fail_stop(self._fatal)
+        self._runner.begin_step()
+        try:
+            return self._run(step_idx, pass_id, now)
+        finally:
+            self._runner.end_step()  # also if this rank fails: other ranks are in those jobs
+
+    def _run(self, step_idx: int, pass_id: int, now: float) -> Wait | None:
+        core = self.core
         while True:
             while core.is_commit_due:
                 self._commit()

@@ -50,6 +50,7 @@ class EpochRunner:
         self.moved_bytes = 0
         self.peer_bytes = 0
         self._num_open_jobs = 0
+        self._queued: list[Job] = []
         self._epoch = 0
         self._programs: dict[int, CommitProgram] = {}
         self._last_commit: Pending = Done()
@@ -63,7 +64,19 @@ class EpochRunner:
 
     def run_inline(self) -> None:
         """Let the worker run on this thread if that is its way (sync mode)."""
+        self.end_step()
         self._worker.run_inline()
+
+    def begin_step(self) -> None:
+        """Have the worker pause: while it runs, it takes core and interpreter from the step."""
+        self._jobs.pace.is_in_step = True
+
+    def end_step(self) -> None:
+        """Have the worker go on, with the jobs that the step has made."""
+        self._jobs.pace.is_in_step = False
+        for job in self._queued:
+            self._worker.submit(job)
+        self._queued.clear()
 
     def rotate_window(self) -> None:
         """Close a bucket of the load window, in stream order."""
@@ -177,4 +190,4 @@ class EpochRunner:
 
     def _submit(self, job: Job) -> None:
         self._num_open_jobs += 1
-        self._worker.submit(job)
+        self._queued.append(job)

@@ -196,6 +196,7 @@ def assemble(
     task: PlanTask,
     *,
     staging: StagingArea,
+    pace: Pace,
     mailbox: Mailbox,
     worker: Worker,
     planner: Planner | None,
@@ -205,9 +206,6 @@ def assemble(
     load_source, own_maps = _fill_engine_side(engine, is_weighted=is_weighted)
     map_writer = engine.map_writer or own_maps
     assert map_writer is not None
-    # A rebalance that blocks the loop anyway is not slowed down on top of that.
-    is_paced = config.mode == "async"
-    pace = Pace(config.max_transfer_mb_s if is_paced else 0.0, engine.clock)
     jobs = Jobs(
         domain=domain,
         config=config,
@@ -239,7 +237,7 @@ def assemble(
         rounds=rounds,
         load_source=load_source,
         mailbox=mailbox,
-        gauge=StepGauge(pace, config.max_slowdown if is_paced else 0.0),
+        gauge=StepGauge(pace, config.max_slowdown if _is_paced(config) else 0.0),
         clock=engine.clock,
         meet=links.meet,
         fail_stop=engine.fail_stop,
@@ -267,7 +265,17 @@ def _fill_engine_side(engine: EngineSide, *, is_weighted: bool) -> tuple[LoadSou
     return load_source, TensorMapWriter(engine.placements, device, is_weighted=is_weighted)
 
 
-def make_staging(config: RebalanceConfig, budget: Budget, rank: int, engine: EngineSide) -> StagingArea:
+def _is_paced(config: RebalanceConfig) -> bool:
+    """A rebalance that blocks the loop anyway is not slowed down on top of that."""
+    return config.mode == "async"
+
+
+def make_pace(config: RebalanceConfig, engine: EngineSide) -> Pace:
+    """Return the pace of one rank's worker."""
+    return Pace(config.max_transfer_mb_s if _is_paced(config) else 0.0, engine.clock)
+
+
+def make_staging(config: RebalanceConfig, budget: Budget, rank: int, engine: EngineSide, pace: Pace) -> StagingArea:
     """Allocate the staging buffers of one rank.
 
     Raises:
@@ -280,4 +288,5 @@ def make_staging(config: RebalanceConfig, budget: Budget, rank: int, engine: Eng
         commit_bytes=budget.commit_bytes,
         integrity=config.integrity,
         device=engine.stream(),
+        between_pieces=pace.let_step_end,
     )

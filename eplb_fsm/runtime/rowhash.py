@@ -40,19 +40,6 @@ def hash_keys(num_words: int) -> HashKeys:
     return HashKeys(array[:_BLOCK_WORDS], array[_BLOCK_WORDS:])
 
 
-def hash_rows(rows: Words, keys: HashKeys) -> Words:
-    """Return the multilinear hash modulo 2**64 of each row: the sum of words times keys of their block and place in it.
-
-    A change of any single word changes the hash, because products of odd keys are odd; they differ by position, so two
-    words that change places do too.
-
-    Args:
-        rows: int64 ``(n, num_words)``.
-        keys: From :func:`hash_keys`, for as many words.
-    """
-    return combine_blocks(hash_blocks(rows, keys), keys)
-
-
 def hash_blocks(rows: Words, keys: HashKeys) -> Words:
     """Return the hash of each block of each row, ``(n, num_blocks)``; the last block may be shorter than the others.
 
@@ -69,7 +56,15 @@ def hash_blocks(rows: Words, keys: HashKeys) -> Words:
 
 
 def combine_blocks(blocks: Words, keys: HashKeys) -> Words:
-    """Return the hash of each row from those of its blocks, ``(n, num_blocks)``."""
+    """Return the multilinear hash modulo 2**64 of each row: the sum of words times keys of their block and place in it.
+
+    A change of any single word changes the hash, because products of odd keys are odd; they differ by position, so two
+    words that change places do too.
+
+    Args:
+        blocks: Those of whole rows, int64 ``(n, num_blocks)``, from :func:`hash_blocks`.
+        keys: The same, for as many words.
+    """
     return _dot(blocks, keys.blocks[: blocks.shape[1]])
 
 

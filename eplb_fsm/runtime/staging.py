@@ -8,7 +8,7 @@ that a commit copies within the accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,8 +22,8 @@ from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.device import CpuDevice, DeviceOps
 from eplb_fsm.runtime.pending import Pending
 from eplb_fsm.runtime.routes import Route, find_routes
-from eplb_fsm.runtime.rowhash import Words, combine_blocks, hash_blocks, hash_keys, hash_rows
-from eplb_fsm.runtime.rowlayout import WORD_BYTES, RowLayout
+from eplb_fsm.runtime.rowhash import Words, combine_blocks, hash_blocks, hash_keys
+from eplb_fsm.runtime.rowlayout import WORD_BYTES, Piece, RowLayout
 from eplb_fsm.runtime.tables import Tables
 from eplb_fsm.runtime.transport import Parcel, Transport
 
@@ -78,6 +78,7 @@ class StagingArea:
         commit_bytes: Most bytes that this rank writes, or sends, in one chunk.
         integrity: ``"off"``, or a kind of checking for which rows carry their hash.
         device: Of the banks.
+        between_pieces: Called before each piece of work that takes a part of a millisecond; it may wait.
 
     Raises:
         ConfigError: If one expert does not fit ``commit_bytes``; says how much it takes.
@@ -92,6 +93,7 @@ class StagingArea:
         commit_bytes: int,
         integrity: str,
         device: DeviceOps | None = None,
+        between_pieces: Callable[[], None] = lambda: None,
     ) -> None:
         largest = max(bank.layout.stride for bank in banks)
         if commit_bytes < largest:
@@ -103,6 +105,7 @@ class StagingArea:
         self._is_hashed = integrity != "off"
         self._keys = [hash_keys(bank.layout.payload_bytes // WORD_BYTES) for bank in banks]
         self._device = device or CpuDevice()
+        self._between_pieces = between_pieces
         self._receive, self._send, self._staged = _allocate(commit_bytes, num_buffers, banks[0].device)
         self._is_on_host = self._staged is self._receive
         self._views: dict[tuple[int, int, bool, int], list[torch.Tensor]] = {}
@@ -149,7 +152,7 @@ class StagingArea:
         # From here on nothing fails until the copies have run: a job that ended before could be taken for drained.
         prepared = tables.prepare(chunk.bank, chunk.layers, placements[chunk.bank])
         # Local copies are staged like receives: all reads of a chunk come before any of its writes.
-        self._copy_rows(at, routes.local.sources, routes.local.rows, is_send=False)
+        self._copy_local(at, routes.local)
         self._bring(at, routes.local.first_row)
         live, staged = self._copies(at, [*routes.receives, routes.local])
         if not self._is_on_host:
@@ -182,8 +185,7 @@ class StagingArea:
             self._copy_rows(at, route.sources, route.rows, is_send=True)
             return
         pack = self._pack_small if len(at.layout.pieces) == 1 else self._pack_large
-        for first in range(0, len(route.rows), at.layout.rows_per_block):
-            block = slice(first, first + at.layout.rows_per_block)
+        for block in self._blocks(len(route.rows), at):
             packed = _span(self._send[at.buffer_idx], route.rows[block], at.layout.stride)
             pack(at, route.sources[block], route.rows[block], packed)
 
@@ -203,7 +205,28 @@ class StagingArea:
     def _write_hashes(self, at: _Place, packed: torch.Tensor) -> None:
         if self._is_hashed:
             words, hashes = self._words(packed, at)
-            hashes[:] = hash_rows(words, self._keys[at.bank])
+            hashes[:] = self._hash(words, at)
+
+    def _blocks(self, num_rows: int, at: _Place) -> Iterator[slice]:
+        """Yield which rows are worked on at one time, each block when it may be."""
+        for first in range(0, num_rows, at.layout.rows_per_block):
+            self._between_pieces()
+            yield slice(first, first + at.layout.rows_per_block)
+
+    def _pieces(self, at: _Place) -> Iterator[Piece]:
+        """Yield the pieces of rows that are worked on at one time, each when it may be."""
+        for piece in at.layout.pieces:
+            self._between_pieces()
+            yield piece
+
+    def _hash(self, words: Words, at: _Place) -> Words:
+        """Hash whole rows, piece by piece."""
+        return np.concatenate([self._hash_block(words[block], at) for block in self._blocks(len(words), at)])
+
+    def _hash_block(self, words: Words, at: _Place) -> Words:
+        keys = self._keys[at.bank]
+        blocks = [hash_blocks(words[:, piece.begin : piece.end], keys) for piece in self._pieces(at)]
+        return combine_blocks(np.concatenate(blocks, axis=1), keys)
 
     def _pack_small(self, at: _Place, sources: Sequence[tuple[int, int]], rows: range, packed: torch.Tensor) -> None:
         """Copy rows and hash them together: few operations, which leave the interpreter lock alone."""
@@ -215,7 +238,7 @@ class StagingArea:
         parts = [part.numpy() for part in self._banks[at.bank].live_row(*sources[0])]
         words, hashes = self._words(packed, at)
         row, blocks = packed.numpy(), []
-        for piece in at.layout.pieces:
+        for piece in self._pieces(at):
             piece.copy(parts, row)
             if self._is_hashed:
                 blocks.append(hash_blocks(words[:, piece.begin : piece.end], self._keys[at.bank]))
@@ -227,7 +250,7 @@ class StagingArea:
             return
         for peer, packed in received:
             words, hashes = self._words(packed, at)
-            if not np.array_equal(hash_rows(words, self._keys[at.bank]), hashes):
+            if not np.array_equal(self._hash(words, at), hashes):
                 raise IntegrityError(f"an expert of bank {self._banks[at.bank].name!r} from rank {peer} was damaged")
 
     @staticmethod
@@ -243,6 +266,14 @@ class StagingArea:
         if live:
             staged = [part for row in rows for part in self._row(at, row, is_send=is_send)]
             torch._foreach_copy_(staged, live, non_blocking=True)
+
+    def _copy_local(self, at: _Place, route: Route) -> None:
+        """Copy live experts that stay on this rank to the staging buffer."""
+        if not self._is_on_host:
+            self._copy_rows(at, route.sources, route.rows, is_send=False)
+            return
+        for block in self._blocks(len(route.rows), at):
+            self._copy_rows(at, route.sources[block], route.rows[block], is_send=False)
 
     def _copies(self, at: _Place, routes: Sequence[Route]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return live rows and the staged rows that a commit copies over them."""

@@ -276,14 +276,21 @@ class CooperativeWorker:
         self._mailbox.put(JobDone(job.epoch))
 
 
-class Pace:
-    """Slows the worker: sends by a token bucket, and by a pause while the decode loop is slower than before.
+_LOOK_S = 0.0002
+"""From one look whether a step has ended to the next: a part of the time that a step takes."""
 
-    The decode thread writes two floats and says when to close, the worker reads them; nothing else is shared.
+
+class Pace:
+    """Slows the worker: sends by a token bucket, and by pauses while a step is under way or steps take longer.
+
+    The decode thread writes two floats and a flag and says when to close, the worker reads them; no more is shared.
 
     Args:
         max_mb_s: Most megabytes (10**6 bytes) a second, 0 for no limit.
         clock: Seconds.
+
+    Attributes:
+        is_in_step: Whether a step is under way that has something to do, and the worker no part in it; decode thread.
     """
 
     max_pause_s = 0.05
@@ -295,6 +302,7 @@ class Pace:
         self._free_at = 0.0
         self._pause_s = 0.0
         self._breath_s = 0.0
+        self.is_in_step = False
         self._closing = threading.Event()
 
     def close(self) -> None:
@@ -312,6 +320,11 @@ class Pace:
     def set_breath(self, step_s: float) -> None:
         """Say how long a step of the decode loop takes; decode thread."""
         self._breath_s = step_s
+
+    def let_step_end(self) -> None:
+        """Wait while a step is under way, so that it keeps its core and the interpreter; worker thread."""
+        while self.is_in_step and not self._closing.wait(_LOOK_S):
+            pass
 
     def breathe(self) -> Pending:
         """Return what to wait for between two pieces of a job, so that no one step pays for both; worker thread."""

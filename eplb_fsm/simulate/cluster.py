@@ -23,7 +23,7 @@ from eplb_fsm.runtime.device import SimulatedDevice
 from eplb_fsm.runtime.domain import Domain
 from eplb_fsm.runtime.maps import BankMaps
 from eplb_fsm.runtime.marks import InMemoryMarkBoard, Mark
-from eplb_fsm.runtime.parts import EngineSide, Links, Parts, assemble, make_staging
+from eplb_fsm.runtime.parts import EngineSide, Links, Parts, assemble, make_pace, make_staging
 from eplb_fsm.runtime.transport import InMemoryExchange
 from eplb_fsm.runtime.worker import CooperativeWorker, Mailbox
 from eplb_fsm.simulate.clock import VirtualClock
@@ -202,13 +202,15 @@ class SimulatedCluster:
         task = RememberingTask.like(plan_task(config, domain, banks))
         mailbox = Mailbox()
         worker = CooperativeWorker(mailbox)
+        pace = make_pace(config, side)
         parts = assemble(
             domain,
             config,
             side,
             Links(channel=channel, transport=transport, board=board, meet=lambda word, step_idx: None, lag=self._lag),
             task,
-            staging=make_staging(config, task.budget, rank, side),
+            staging=make_staging(config, task.budget, rank, side, pace),
+            pace=pace,
             mailbox=mailbox,
             worker=worker,
             planner=FaultyPlanner(task, faults),

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from eplb_fsm import Placement, RebalanceFSM
+from eplb_fsm.errors import ConfigMismatch
 from eplb_fsm.load.recorder import LoadRecorder
 from eplb_fsm.runtime.bank import Bank
 from eplb_fsm.runtime.device import AcceleratorDevice
@@ -175,3 +176,21 @@ def test_tokens_are_counted_on_the_device_and_in_a_graph() -> None:
     wanted = torch.zeros(_LAYERS, _LOGICAL, dtype=torch.int64)
     wanted[1, [0, 3, 7]] = 3  # of the four closed buckets that count the last one is empty
     assert torch.equal(recorder.snapshots[0].cpu(), wanted)
+
+
+def _start_on_two_kinds(link: RankLink) -> str:
+    engine = _DeviceEngine(link.rank, link.world_size)
+    where = "cpu" if link.rank else engine.bank.device
+    tensors = [{name: tensor.to(where) for name, tensor in layer.items()} for layer in engine.bank.tensors]
+    bank = Bank("target", _LOGICAL, _PHYSICAL, tensors)
+    with pytest.raises(ConfigMismatch) as raised:
+        RebalanceFSM.connect(link.store(), link.rank, link.world_size, [bank], [engine.placement], config_of())
+    return str(raised.value)
+
+
+def test_ranks_whose_experts_are_on_different_kinds_of_devices_do_not_start() -> None:
+    """What a commit and a round take differs too much; every rank says which is where."""
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    for message in run_ranks(2, _start_on_two_kinds):
+        assert f"bank 0: kind of device is '{device.type}' on rank 0, 'cpu' on rank 1" in message

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from eplb_fsm.runtime.pending import Done, Pending
 from eplb_fsm.runtime.staging import CommitProgram, IntegrityError, StagingArea
 from eplb_fsm.runtime.tables import Tables
 from eplb_fsm.runtime.transport import InMemoryExchange, InMemoryTransport, Parcel
+from eplb_fsm.runtime.worker import Pace
 
 _LAYERS, _LOCAL, _EXPERTS = 2, 3, 6
 _SIZES = {
@@ -42,7 +45,7 @@ class _Ranks(NamedTuple):
     transports: list[_DamagingTransport]
 
 
-def _ranks(sizes: list[int]) -> _Ranks:
+def _ranks(sizes: list[int], between_pieces: Callable[[], None] = lambda: None, integrity: str = "wire") -> _Ranks:
     random = torch.Generator().manual_seed(len(sizes))
     banks = []
     for _ in range(2):
@@ -53,7 +56,14 @@ def _ranks(sizes: list[int]) -> _Ranks:
         banks.append(Bank("target", _EXPERTS, _EXPERTS, layer))
     exchange = InMemoryExchange(2)
     areas = [
-        StagingArea([bank], rank, num_buffers=1, commit_bytes=16 << 20, integrity="wire")
+        StagingArea(
+            [bank],
+            rank,
+            num_buffers=1,
+            commit_bytes=16 << 20,
+            integrity=integrity,
+            between_pieces=between_pieces,
+        )
         for rank, bank in enumerate(banks)
     ]
     return _Ranks(banks, areas, [_DamagingTransport(exchange, rank) for rank in range(2)])
@@ -115,3 +125,29 @@ def test_a_damaged_bit_in_any_piece_is_seen(sizes: list[int]) -> None:
         ranks.transports[0].damaged_byte = place
         with pytest.raises(IntegrityError, match="bank 'target' from rank 0 was damaged"):
             _stage(ranks)
+
+
+@pytest.mark.parametrize("sizes", _SIZES.values(), ids=_SIZES)
+@pytest.mark.parametrize(("integrity", "num_acts"), [("off", 1), ("wire", 2)])
+def test_a_step_gets_a_word_in_between_pieces(sizes: list[int], integrity: str, num_acts: int) -> None:
+    """Each rank packs six rows, and checks as many: at least once for each of them and for each quarter of a MiB."""
+    called: list[None] = []
+    ranks = _ranks(sizes, lambda: called.append(None), integrity)
+    _stage(ranks)
+    layout = ranks.banks[0].layout
+    num_blocks = 2 * num_acts * -(-_LAYERS * _LOCAL // layout.rows_per_block)
+    assert len(called) >= num_blocks * -(-layout.payload_bytes // (256 << 10))
+
+
+def test_staging_stands_still_during_a_step() -> None:
+    """A thread that stages rows gets no further while a step is under way, and ends once it is over, or at a close."""
+    for end in (Pace.close, lambda pace: setattr(pace, "is_in_step", False)):
+        pace = Pace(0)
+        pace.is_in_step = True
+        thread = threading.Thread(target=_stage, args=(_ranks([24, 5], pace.let_step_end),))
+        thread.start()
+        time.sleep(0.05)
+        assert thread.is_alive()
+        end(pace)
+        thread.join(10)
+        assert not thread.is_alive()
