@@ -164,7 +164,7 @@ class RebalanceConfig:
     liveness_timeout_s: float = 60.0
     """A rank whose liveness mark has not moved for this long is reported lost."""
     start_timeout_s: float = 300.0
-    """Longest wait for the other ranks at start, one of which may have its planner compiled, for a minute on a slow core."""
+    """Longest wait for the other ranks at start, one of which may compile its planner for a minute."""
     plan_timeout_s: float = 60.0
     """Longest time that the policy may take."""
     transfer_timeout_s: float = 60.0
