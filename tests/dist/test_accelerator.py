@@ -184,7 +184,9 @@ def _start_on_two_kinds(link: RankLink) -> str:
     tensors = [{name: tensor.to(where) for name, tensor in layer.items()} for layer in engine.bank.tensors]
     bank = Bank("target", _LOGICAL, _PHYSICAL, tensors)
     with pytest.raises(ConfigMismatch) as raised:
-        RebalanceFSM.connect(link.store(), link.rank, link.world_size, [bank], [engine.placement], config_of(commit_bytes=1 << 21))
+        RebalanceFSM.connect(
+            link.store(), link.rank, link.world_size, [bank], [engine.placement], config_of(commit_bytes=1 << 21)
+        )
     return str(raised.value)
 
 

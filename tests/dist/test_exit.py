@@ -67,7 +67,7 @@ def test_close_ends_a_wait_for_a_peer_that_does_not_come() -> None:
 
 
 def test_a_rank_that_was_not_closed_exits_as_it_wanted_to() -> None:
-    """Its watchdog talks to the store all the time, also while the interpreter goes down; so it is tried a few times."""
+    """Its watchdog talks to the store all the time, also while the interpreter goes down; so it is tried some times."""
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for generation in range(3):

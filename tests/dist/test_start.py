@@ -78,7 +78,7 @@ def _start_differently(link: RankLink) -> list[tuple[str, str, bool]]:
 
 
 def test_ranks_started_differently_say_so_on_all_ranks() -> None:
-    """Other options, placements, shapes, dtypes, banks, ranks: every rank names the difference; nothing was connected."""
+    """Other options, placements, shapes, dtypes, banks, ranks: every rank names the difference, and none connects."""
     first, second = run_ranks(2, _start_differently)
     wanted = [words for _, (_, _, words) in sorted(_DIFFERENT.items())]
     wanted += [
